@@ -1,0 +1,164 @@
+"""Run an exercise's check, tell the student, leave a record in the notebook. Knows no exercise.
+
+A record is a claim, what the student saw, and no proof: grading judges the code again, outside the notebook.
+COURSE_STRICT=1 in the environment raises instead of telling, for solved copies in CI.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import os
+import time
+import traceback
+from typing import Any
+
+CHECK_MIME = "application/vnd.course.check+json"
+RECORD_MIME = "application/vnd.course.record+json"
+COLOURS = {"passed": "#009E73", "not yet": "#D55E00", "not attempted": "#666666", "for your instructor": "#0072B2"}
+
+_state: dict[str, Any] = {"lesson": "", "version": "", "results": {}, "values": {}, "sequence": 0}
+
+
+def begin(lesson: str, version: str) -> None:
+    """Start a notebook's records afresh; the set-up cell that tools/build inserts calls it."""
+    _state.update(lesson=lesson, version=version, results={}, values={}, sequence=0)
+
+
+class check:  # noqa: N801 - used as `with check("1.1", points=2):`
+    """Run the asserts in the block and show a card: passed, not yet or not attempted. (Week 6, lesson 1.)
+
+    ``answers`` are values, rather than functions, that the exercise asks for: one left as ``...`` counts as not attempted.
+    """
+
+    def __init__(self, name: str, points: int, answers: tuple = ()):
+        self.name, self.points, self.answers = name, points, answers
+
+    def __enter__(self) -> check:
+        return self
+
+    def __exit__(self, kind, error, trace) -> bool:
+        if error is not None and not isinstance(error, Exception):
+            return False  # an interrupt is the student's, not the check's
+        if any(answer is ... for answer in self.answers) or isinstance(error, NotImplementedError):
+            status, message = "not attempted", "Replace the marked lines of the exercise, run it, then run this cell again."
+        elif isinstance(error, NameError) and getattr(error, "name", None):
+            status, message = "not attempted", f"There is no {error.name!r} yet: run the exercise's own cell first."
+        elif isinstance(error, AssertionError):
+            status, message = "not yet", str(error) or f"This does not hold: {_source_line(error)}"
+        elif error is not None:
+            status = "not yet"
+            message = f"Your code stopped with {type(error).__name__}: {error} (at: {_source_line(error)})"
+        else:
+            status, message = "passed", ""
+        _publish_check(self.name, self.points, status, message)
+        if status != "passed" and os.environ.get("COURSE_STRICT") == "1":
+            return False if error is not None else _raise(self.name, message)
+        return True
+
+
+def _raise(name: str, message: str) -> bool:
+    raise AssertionError(f"check {name}: {message}")
+
+
+def _source_line(error: BaseException) -> str:
+    lines = [frame.line for frame in traceback.extract_tb(error.__traceback__) if frame.line]
+    return lines[-1] if lines else "an unknown line"
+
+
+def open_question(name: str, answer: str, points: int = 1) -> None:
+    """Keep a written answer for a person to mark. (Week 6, lesson 1.)"""
+    attempted = isinstance(answer, str) and len(answer.split()) >= 5
+    if attempted:
+        message = f"Kept: {len(answer.split())} words, for your instructor to read."
+    else:
+        message = "Write a few sentences between the quotes, run the cell, then this one."
+    extra = {"answer": answer[:4000]} if attempted else {}
+    _publish_check(name, points, "for your instructor" if attempted else "not attempted", message, extra)
+
+
+def record(name: str, value: Any) -> None:
+    """Keep a result that the lesson claims (accuracy, device, minutes) in the notebook's output. (Week 6, lesson 1.)"""
+    _state["values"][name] = value
+    data = {"lesson": _state["lesson"], "version": _state["version"], "name": name, "value": value}
+    shown = f"{value:.3f}" if isinstance(value, float) else str(value)
+    text = f"recorded: {name} = {shown}"
+    _display({RECORD_MIME: data, "text/plain": text, "text/html": _card("#888888", html.escape(text))})
+
+
+def report() -> None:
+    """Show all checks of this notebook with points, open questions last. (Week 6, lesson 1.)"""
+    rows, got, possible = [], 0, 0
+    for result in sorted(_state["results"].values(), key=lambda result: result["exercise"]):
+        status, points = result["status"], result["points"]
+        graded = status != "for your instructor"
+        got += result["earned"]
+        possible += points if graded else 0
+        shown = f"{result['earned']} of {points}" if graded else f"up to {points}"
+        colour = f"color:{COLOURS[status]};text-align:left"
+        rows.append(f"<tr><td>{html.escape(result['exercise'])}</td><td style='{colour}'>{status}</td><td>{shown}</td></tr>")
+    head = "<tr><th>exercise</th><th style='text-align:left'>result</th><th>points</th></tr>"
+    total = f"{got} of {possible} points from checks"
+    data = {**_identity(), "earned": got, "possible": possible, "results": list(_state["results"].values())}
+    page = f"<table>{head}{''.join(rows)}</table><p><b>{total}</b></p>"
+    _display({"application/vnd.course.report+json": data, "text/plain": total, "text/html": page})
+
+
+def _identity() -> dict[str, Any]:
+    values = _state["values"]
+    return {
+        "lesson": _state["lesson"],
+        "version": _state["version"],
+        "profile": values.get("profile", ""),
+        "device": values.get("device", ""),
+    }
+
+
+def _publish_check(name: str, points: int, status: str, message: str, extra: dict | None = None) -> None:
+    _state["sequence"] += 1
+    earned = points if status == "passed" else 0
+    message = message[:300]
+    data = {
+        **_identity(),
+        "exercise": name,
+        "status": status,
+        "passed": status == "passed",
+        "earned": earned,
+        "points": points,
+        "message": message,
+        "sequence": _state["sequence"],
+        "cell_hash": _exercise_hash(name),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **(extra or {}),
+    }
+    _state["results"][name] = data
+    twin = f"check {name}: {status}, {earned} of {points} points. {message}".strip()
+    mark = {"passed": "&#10003;", "not yet": "&#10007;"}.get(status, "&#8226;")
+    title = f"<b style='color:{COLOURS[status]}'>{mark} Exercise {html.escape(name)}: {status}</b> ({points} point{'s' * (points > 1)})"
+    body = f"{title}<br>{html.escape(message)}" if message else title
+    _display({CHECK_MIME: data, "text/plain": twin, "text/html": _card(COLOURS[status], body)})
+
+
+def _card(colour: str, body: str) -> str:
+    return f"<div style='border-left:4px solid {colour};padding:4px 10px;margin:4px 0;max-width:46em'>{body}</div>"
+
+
+def _exercise_hash(name: str) -> str:
+    """Return a hash of the last run cell that begins with the exercise's own first line, or nothing outside IPython."""
+    try:
+        history = get_ipython().user_ns["In"]  # noqa: F821 - IPython's own
+    except (NameError, KeyError):
+        return ""
+    sources = [source for source in history if source.strip().startswith(f"# Exercise {name}\n")]
+    return hashlib.sha256(sources[-1].strip().encode()).hexdigest()[:16] if sources else ""
+
+
+def _display(bundle: dict[str, Any]) -> None:
+    try:
+        get_ipython()  # noqa: F821
+    except NameError:
+        print(bundle["text/plain"])
+        return
+    from IPython.display import display
+
+    display(bundle, raw=True)

@@ -1,0 +1,117 @@
+"""How good is it, what changed, and did the weights move at all?
+
+Scores are scikit-learn's; here stands what a lesson needs around them.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from course_lib.data import tokenize
+from course_lib.errors import TrainingError
+from course_lib.train import collate
+
+
+def predict(model, split, tokenizer, *, max_length: int = 128, batch_size: int = 64) -> np.ndarray:
+    """Return the class probabilities of every row of a split with a text column; shape (rows, classes). (Week 6, lesson 1.)
+
+    Rows are batched by length, which saves padding, and come back in their own order.
+    """
+    import torch
+
+    rows = list(tokenize(split, tokenizer, max_length))
+    device = next(model.parameters()).device
+    order = np.argsort([len(row["input_ids"]) for row in rows])
+    probabilities = np.zeros((len(rows), model.config.num_labels))
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(rows), batch_size):
+            chosen = order[start : start + batch_size]
+            batch = collate([rows[index] for index in chosen], tokenizer, device)
+            batch.pop("labels", None)
+            probabilities[chosen] = torch.softmax(model(**batch).logits.float(), dim=-1).cpu().numpy()
+    return probabilities
+
+
+def scores(probabilities: np.ndarray, labels) -> dict[str, float]:
+    """Return accuracy and macro-F1 of the likeliest classes against the labels. (Week 6, lesson 1.)"""
+    from sklearn.metrics import accuracy_score, f1_score
+
+    predicted = probabilities.argmax(axis=1)
+    return {
+        "accuracy": float(accuracy_score(labels, predicted)),
+        "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
+    }
+
+
+def accuracy_interval(accuracy: float, num_items: int, z: float = 1.96) -> tuple[float, float]:
+    """Return the Wilson interval (95 % for the default z) of an accuracy measured on so many items. (Week 6, lesson 1.)
+
+    Wilson 1927; stays within 0 and 1, unlike the textbook's plus-minus.
+    """
+    centre = accuracy + z * z / (2 * num_items)
+    half = z * math.sqrt(accuracy * (1 - accuracy) / num_items + z * z / (4 * num_items**2))
+    scale = 1 + z * z / num_items
+    return (centre - half) / scale, (centre + half) / scale
+
+
+def snapshot(model) -> dict:
+    """Return a copy of every weight on the CPU, to compare with later. (Week 6, lesson 1.)"""
+    return {name: weight.detach().cpu().clone() for name, weight in model.named_parameters()}
+
+
+def weight_changes(before: dict, model):
+    """Return a data frame of how far each part of an encoder moved: norm of change over norm before. (Week 6, lesson 1.)
+
+    Parts are the embeddings, each layer, the pooler and the head. Raises TrainingError where no weight changed or
+    one is not a number: then nothing was learnt, whatever the loss says.
+    """
+    import pandas as pd
+    import torch
+
+    change, norm = {}, {}
+    for name, weight in model.named_parameters():
+        after = weight.detach().cpu().float()
+        if not torch.isfinite(after).all():
+            raise TrainingError(f"{name} holds values that are not numbers; lower the learning rate and start from fresh weights")
+        part = _part_of(name)
+        change[part] = change.get(part, 0.0) + float((after - before[name].float()).square().sum())
+        norm[part] = norm.get(part, 0.0) + float(before[name].float().square().sum())
+    if not any(change.values()):
+        raise TrainingError("no weight changed: did training run, and were the parameters left trainable?")
+    rows = [(part, math.sqrt(change[part] / norm[part]) if norm[part] else math.inf) for part in change]
+    return pd.DataFrame(rows, columns=["part", "relative change"])
+
+
+def _part_of(name: str) -> str:
+    if ".layer." in name:
+        return "layer " + str(int(name.split(".layer.")[1].split(".")[0]) + 1)
+    return next((part for part in ("embeddings", "pooler") if part in name), "head")
+
+
+def changes_of_mind(split, before: np.ndarray, after: np.ndarray, names: list[str], count: int = 6):
+    """Return a data frame of the items whose right class gained or lost most probability. (Week 6, lesson 1.)
+
+    Half of the rows are the largest gains, half the largest losses, or as many as there are.
+    """
+    import pandas as pd
+
+    labels = np.array(split["label"])
+    rows = np.arange(len(labels))
+    gain = after[rows, labels] - before[rows, labels]
+    order = np.argsort(gain)
+    losses = [row for row in order[: count // 2] if gain[row] < 0]
+    chosen = list(order[::-1][: count - len(losses)]) + losses[::-1]
+    texts = split["text"]
+    return pd.DataFrame(
+        {
+            "text": [texts[int(row)] for row in chosen],
+            "right class": [names[labels[row]] for row in chosen],
+            "p before": before[chosen, labels[chosen]].round(2),
+            "p after": after[chosen, labels[chosen]].round(2),
+            "answer before": [names[before[row].argmax()] for row in chosen],
+            "answer after": [names[after[row].argmax()] for row in chosen],
+        }
+    )

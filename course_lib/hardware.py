@@ -1,0 +1,147 @@
+"""What machine is this? Device, number format and the reason for it, seeds, memory, versions.
+
+A foundation: imports nothing of the library, and torch only inside functions.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import random
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+GIB = 1024**3
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """One machine as a lesson sees it. Sizes are in bytes; ``bf16`` means in hardware, not emulated."""
+
+    kind: str  # "cpu", "cuda" or "mps"
+    name: str
+    memory_bytes: int
+    free_bytes: int
+    cpu_cores: int
+    bf16: bool
+    bitsandbytes: bool
+
+
+def detect() -> Hardware:
+    """Return the machine's best device: CUDA, then Apple's MPS, then the CPU. (Week 6, lesson 1.)"""
+    import torch
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    has_bnb = importlib.util.find_spec("bitsandbytes") is not None
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        # The plain question counts emulation and answers yes on a T4.
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        return Hardware("cuda", torch.cuda.get_device_name(), total, free, cores, bf16, has_bnb)
+    free, total = _host_memory()
+    if torch.backends.mps.is_available():
+        return Hardware("mps", "Apple GPU", total, free, cores, False, has_bnb)
+    return Hardware("cpu", f"CPU, {cores} core{'s' if cores > 1 else ''}", total, free, cores, False, has_bnb)
+
+
+def _host_memory() -> tuple[int, int]:
+    """Return the host's (free, total) bytes, or a container's where its limit is lower."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    free, total = memory.available, memory.total
+    limit = Path("/sys/fs/cgroup/memory.max")
+    if limit.exists() and (text := limit.read_text().strip()).isdigit() and int(text) < total:
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free, total = min(free, int(text) - used), int(text)
+    return free, total
+
+
+def pick_dtype(hardware: Hardware):
+    """Return ``(torch dtype, reason)`` for the arithmetic of training; weights stay in float32.
+
+    (Week 6, lesson 1.)
+    """
+    import torch
+
+    if hardware.kind == "cuda" and hardware.bf16:
+        return torch.bfloat16, f"{hardware.name} computes bfloat16 in hardware"
+    if hardware.kind == "cuda":
+        return torch.float16, f"{hardware.name} has no bfloat16 in hardware; float16 with loss scaling"
+    if hardware.kind == "mps":
+        return torch.float32, "mixed precision on Apple GPUs is not worth its risks at this size"
+    return torch.float32, "exact, and small models are quick enough on a CPU"
+
+
+def set_seed(seed: int) -> None:
+    """Seed Python, NumPy and torch on every device. (Week 6, lesson 1.)"""
+    import numpy
+    import torch
+
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def peak_bytes() -> int:
+    """Return the peak memory in bytes: tensors on a CUDA device, else this process's resident set.
+
+    Counts from `reset_peak` on where the system can (CUDA, Linux), else from the process's start.
+    """
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    status = Path("/proc/self/status")
+    if status.exists():
+        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return int(line.split()[1]) * 1024
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def reset_peak() -> int:
+    """Start `peak_bytes` afresh and return the bytes in use now."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, Linux only
+    except OSError:
+        pass
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages that results depend on."""
+    from importlib import metadata
+
+    found = {"python": sys.version.split()[0]}
+    for package in ("torch", "transformers", "datasets", "peft", "trl", "bitsandbytes"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def quiet_libraries() -> None:
+    """Silence other libraries' loggers, progress bars and the warnings a student cannot act on."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    import datasets
+    import transformers
+
+    datasets.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

@@ -1,0 +1,166 @@
+"""Load a tokenizer and a model for a plan, count and freeze parameters, save without leaving halves behind.
+
+Errors of the Hub, the disk and the accelerator come out as the library's own, which say what to do.
+"""
+
+from __future__ import annotations
+
+import errno
+import gc
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from course_lib.errors import DiskFullError, HubError, ModelError, OutOfMemoryError
+from course_lib.hardware import set_seed
+from course_lib.profiles import Plan, model_folder
+
+
+def load_tokenizer(plan: Plan):
+    """Return the tokenizer of the plan's model. Raises HubError or ModelError. (Week 6, lesson 1.)"""
+    from transformers import AutoTokenizer
+
+    with explain_errors(plan.model):
+        return AutoTokenizer.from_pretrained(_where(plan.model))
+
+
+def load_classifier(plan: Plan, label_names: list[str], *, seed: int = 0, pretrained: bool = True):
+    """Return a BERT with a fresh classification head, in float32 on the plan's device. (Week 6, lesson 1.)
+
+    ``seed`` fixes the head's random weights, and with ``pretrained=False`` all of them: the same architecture, nothing
+    learnt. Raises ModelError where the checkpoint is not a BERT, HubError where it cannot be fetched.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    with explain_errors(plan.model):
+        config = AutoConfig.from_pretrained(
+            _where(plan.model),
+            num_labels=len(label_names),
+            id2label=dict(enumerate(label_names)),
+            label2id={name: number for number, name in enumerate(label_names)},
+        )
+        _require_bert(config, plan.model)
+        set_seed(seed)
+        if pretrained:
+            model = AutoModelForSequenceClassification.from_pretrained(_where(plan.model), config=config, dtype=torch.float32)
+        else:
+            model = AutoModelForSequenceClassification.from_config(config)
+        return model.to(plan.hardware.kind).eval()
+
+
+def load_masked_lm(plan: Plan):
+    """Return the same checkpoint with the head it was pre-trained with, which fills masked words. (Week 6, lesson 1.)
+
+    Raises ModelError where the checkpoint has no such head (sentence encoders are often saved without).
+    """
+    import torch
+    from transformers import AutoModelForMaskedLM
+
+    with explain_errors(plan.model):
+        model, info = AutoModelForMaskedLM.from_pretrained(
+            _where(plan.model), dtype=torch.float32, output_loading_info=True
+        )
+        _require_bert(model.config, plan.model)
+        if missing := [key for key in info["missing_keys"] if key.startswith("cls.predictions.transform")]:
+            raise ModelError(f"{plan.model} was saved without its masked-word head ({len(missing)} weights missing): it cannot fill masks")
+        return model.to(plan.hardware.kind).eval()
+
+
+def _where(model: str) -> str:
+    return str(model_folder(model) or model)
+
+
+def _require_bert(config, model: str) -> None:
+    if config.model_type != "bert":
+        raise ModelError(
+            f"{model} is a {config.model_type!r} model and this lesson fine-tunes BERT; set MODEL to a BERT checkpoint, "
+            "such as google-bert/bert-base-uncased, or to '' for the profile's own"
+        )
+
+
+def count_parameters(model) -> tuple[int, int]:
+    """Return ``(trainable, all)`` parameters. (Week 6, lesson 1.)"""
+    parameters = list(model.parameters())
+    return sum(p.numel() for p in parameters if p.requires_grad), sum(p.numel() for p in parameters)
+
+
+def release(*models) -> None:
+    """Move models off the accelerator and give its cached memory back."""
+    for model in models:
+        model.to("cpu")
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def save_model(model, tokenizer, folder: str | Path) -> Path:
+    """Save model and tokenizer into ``folder``, whole or not at all, replacing what was there. (Week 6, lesson 1.)
+
+    Raises DiskFullError where there is no room; then the folder is as it was before.
+    """
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        with explain_errors(str(folder)):
+            model.save_pretrained(partial)
+            tokenizer.save_pretrained(partial)
+            if folder.exists():
+                old = folder.with_name(partial.name + "-old")
+                os.replace(folder, old)
+                os.replace(partial, folder)
+                shutil.rmtree(old)
+            else:
+                os.replace(partial, folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+@contextmanager
+def explain_errors(what: str = "this step") -> Iterator[None]:
+    """Turn errors of the Hub, the disk and the accelerator into the library's own, with the remedy. (Week 6, lesson 1.)"""
+    import torch
+
+    try:
+        yield
+    except torch.cuda.OutOfMemoryError as error:
+        raise OutOfMemoryError(
+            f"the GPU ran out of memory in {what}. Restart the kernel to free what earlier runs hold; then make the plan with a "
+            "smaller batch_size or max_length, or choose a smaller MODEL"
+        ) from error
+    except OSError as error:
+        raise _explained(error, what) from error
+    except Exception as error:  # safetensors and tokenizers wrap the system's errors in their own
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise _disk_full(what) from error
+        raise
+
+
+def _explained(error: OSError, what: str) -> Exception:
+    if isinstance(error, (HubError, DiskFullError)):
+        return error
+    if error.errno == errno.ENOSPC or "No space left" in str(error):
+        return _disk_full(what)
+    if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
+        return error
+    return HubError(
+        f"could not load {what}: {str(error).splitlines()[0][:200]} Check the spelling and the connection and run the cell again "
+        "(finished downloads are kept), or set PROFILE = 'tiny', which needs no network"
+    )
+
+
+def _disk_full(what: str) -> DiskFullError:
+    free = shutil.disk_usage(Path.cwd()).free / 1e9
+    return DiskFullError(
+        errno.ENOSPC,
+        f"the disk is full while writing {what} ({free:.1f} GB free here); nothing half-written is left. Delete old folders under "
+        "runs/ or ~/.cache/huggingface, or point COURSE_RUNS to another disk, and run the cell again",
+    )

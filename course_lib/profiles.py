@@ -1,0 +1,231 @@
+"""One dial: tiny, colab or full; a lesson's settings; and the plan that is shown before anything is downloaded.
+
+The settings stand in profiles.toml beside this file.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import os
+import tomllib
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from course_lib.errors import ProfileError
+from course_lib.hardware import GIB, Hardware, detect, pick_dtype
+from course_lib.memory import EncoderShape, TrainingMemory, training_memory
+
+PROFILES = ("tiny", "colab", "full")
+DATA = Path(os.environ.get("COURSE_DATA", Path(__file__).resolve().parent.parent / "data"))
+
+
+@cache
+def _table() -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_name("profiles.toml").read_text(encoding="utf-8"))
+
+
+def choose_profile(hardware: Hardware) -> tuple[str, str]:
+    """Return ``(profile, reason)`` for PROFILE = "auto". (Week 6, lesson 1.)"""
+    gib = hardware.memory_bytes / GIB
+    if hardware.kind == "cuda" and gib >= 36:
+        return "full", f"{hardware.name} has {gib:.0f} GiB"
+    if hardware.kind == "cuda":
+        return "colab", f"{hardware.name} has {gib:.0f} GiB"
+    if hardware.kind == "mps" and gib >= 16:
+        return "colab", f"an Apple GPU with {gib:.0f} GiB shared"
+    return "tiny", "no CUDA device was found"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a lesson is about to do on this machine, and what it gave up to fit.
+
+    ``settings`` are the lesson's own values from profiles.toml; each can be read as an attribute of the plan.
+    Use `dataclasses.replace` or keyword arguments of `make_plan` to change one, and say why.
+    """
+
+    lesson: str
+    profile: str
+    profile_why: str
+    task: str
+    model: str
+    hardware: Hardware
+    dtype: Any
+    dtype_why: str
+    settings: dict[str, Any]
+    shape: EncoderShape
+    needed: TrainingMemory
+    accumulation: int = 1
+    given_up: list[str] = field(default_factory=list)
+
+    def __getattr__(self, name: str):
+        try:
+            return self.__dict__["settings"][name]
+        except KeyError:
+            raise AttributeError(f"the plan for {self.__dict__.get('lesson')} has no setting {name!r}") from None
+
+    @property
+    def steps(self) -> int:
+        """Return the optimizer steps of the lesson's main training run."""
+        return -(-self.train_rows // (self.batch_size * self.accumulation)) * self.epochs
+
+    @property
+    def minutes(self) -> float:
+        """Return the estimated minutes of the main training run: 6 operations a weight and token."""
+        body = self.shape.num_parameters() - self.shape.vocab_size * self.shape.hidden_size
+        tokens = self.train_rows * self.epochs * min(self.mean_tokens, self.max_length)
+        return 6 * body * tokens / (_teraflops(self.hardware) * 1e12) / 60
+
+    def rows(self) -> list[tuple[str, str]]:
+        """Return the plan as (what, value) pairs."""
+        hardware, needed = self.hardware, self.needed
+        gib = [needed.weights, needed.gradients, needed.optimizer, needed.activations, needed.runtime]
+        parts = ", ".join(
+            f"{name} {size / GIB:.2f}"
+            for name, size in zip(("weights", "gradients", "Adam", "activations", "libraries"), gib, strict=True)
+        )
+        batch = f"{self.batch_size}" + (f" x {self.accumulation} accumulated" if self.accumulation > 1 else "")
+        return [
+            ("profile", f"{self.profile}: {self.profile_why}"),
+            ("device", f"{hardware.name}, {hardware.memory_bytes / GIB:.0f} GiB"),
+            ("dtype", f"{str(self.dtype).removeprefix('torch.')}: {self.dtype_why}"),
+            ("model", f"{self.model}, {self.shape.num_parameters(self.num_labels) / 1e6:.1f} M parameters"),
+            ("task", f"{self.task}: up to {self.train_rows:,} rows to train on, {self.test_rows:,} to test on"),
+            ("training", f"{self.epochs} epochs of batches of {batch}, about {self.steps:,} steps, lr {self.lr:g}"),
+            ("time", f"about {max(self.minutes, 0.05):.1f} minutes of training (estimate)"),
+            ("memory", f"{needed.total / GIB:.1f} GiB needed of {hardware.free_bytes / GIB:.1f} GiB free ({parts})"),
+            ("given up", "; ".join(self.given_up) or "nothing"),
+        ]
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{name:9} {value}" for name, value in self.rows())
+
+    def _repr_html_(self) -> str:
+        cells = "".join(
+            f"<tr><th style='text-align:left;vertical-align:top'>{name}</th>"
+            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+            for name, value in self.rows()
+        )
+        return f"<table>{cells}</table>"
+
+
+def make_plan(
+    lesson: str,
+    profile: str = "auto",
+    *,
+    task: str = "",
+    model: str = "",
+    hardware: Hardware | None = None,
+    **changes,
+) -> Plan:
+    """Return the plan of a lesson on this machine; nothing is downloaded. (Week 6, lesson 1.)
+
+    ``task`` and ``model`` default to the lesson's own; ``model`` may be a bundled miniature, a folder or a Hub id. Other
+    keywords replace settings, as in ``train_rows=512``. What does not fit the device's free memory is cut: first the batch
+    (gradients are accumulated, so the steps stay the same), then the model.
+
+    Raises ProfileError for an unknown lesson, profile, task or setting.
+    """
+    hardware = hardware or detect()
+    why = "asked for"
+    if profile == "auto":
+        profile, why = choose_profile(hardware)
+    settings = lesson_settings(lesson, profile, task)
+    if unknown := set(changes) - set(settings):
+        raise ProfileError(f"{lesson} has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(settings))}")
+    settings |= changes
+    model = model or settings["model"]
+    dtype, dtype_why = pick_dtype(hardware)
+
+    batch_size, accumulation, given_up = settings["batch_size"], 1, []
+    shape = model_shape(model)
+    needed = _needed(shape, batch_size, settings, hardware, dtype)
+    while needed.total > hardware.free_bytes and batch_size > 1:
+        batch_size, accumulation = batch_size // 2, accumulation * 2
+        needed = _needed(shape, batch_size, settings, hardware, dtype)
+    if needed.total > hardware.free_bytes and model != settings["smaller_model"]:
+        given_up.append(f"{model}, which needs {needed.total / GIB:.1f} GiB even at batch size 1: {settings['smaller_model']} instead")
+        model, batch_size, accumulation = settings["smaller_model"], settings["batch_size"], 1
+        shape = model_shape(model)
+        needed = _needed(shape, batch_size, settings, hardware, dtype)
+    elif accumulation > 1:
+        given_up.append(f"batch size {settings['batch_size']}: {batch_size} fits, {accumulation} are accumulated, slower but equal")
+    settings["batch_size"] = batch_size
+    return Plan(
+        lesson, profile, why, settings["task"], model, hardware, dtype, dtype_why, settings, shape, needed, accumulation, given_up
+    )
+
+
+def _needed(shape, batch_size, settings, hardware, dtype) -> TrainingMemory:
+    return training_memory(
+        shape,
+        batch_size,
+        settings["max_length"],
+        num_labels=settings["num_labels"],
+        value_bytes=dtype.itemsize,
+        on_cpu=hardware.kind == "cpu",
+    )
+
+
+def lesson_settings(lesson: str, profile: str, task: str = "") -> dict[str, Any]:
+    """Return a lesson's settings for a profile and task, as profiles.toml has them. Raises ProfileError."""
+    lessons = {name: table for name, table in _table().items() if name.startswith("week")}
+    if lesson not in lessons:
+        raise ProfileError(f"unknown lesson {lesson!r}; choose one of {', '.join(lessons)}")
+    if profile not in PROFILES:
+        raise ProfileError(f"unknown profile {profile!r}; choose one of auto, {', '.join(PROFILES)}")
+    shared, own = lessons[lesson], lessons[lesson][profile]
+    task = task or shared["tasks"][0]
+    if task not in shared["tasks"]:
+        raise ProfileError(f"unknown task {task!r}; {lesson} has {', '.join(shared['tasks'])}")
+    plain = {name: value for name, value in own.items() if not isinstance(value, dict)}
+    chosen = {"task": task, "num_labels": shared["num_labels"][task], "smaller_model": shared["smaller_model"]}
+    return plain | own.get(task, {}) | chosen
+
+
+def model_folder(model: str) -> Path | None:
+    """Return the folder of a bundled miniature or of a local checkpoint; None for a Hub id."""
+    for folder in (DATA / "models" / model, Path(model)):
+        if (folder / "config.json").is_file():
+            return folder
+    return None
+
+
+def model_shape(model: str) -> EncoderShape:
+    """Return a model's sizes: from the course's table, a local config.json, or else the Hub's config.json (1 kB).
+
+    Raises ProfileError where there is no such model or its config is not an encoder's.
+    """
+    if model in _table()["shapes"]:
+        return EncoderShape(**_table()["shapes"][model])
+    folder = model_folder(model)
+    try:
+        if folder is None:
+            from huggingface_hub import hf_hub_download
+
+            folder = Path(hf_hub_download(model, "config.json")).parent
+        return EncoderShape.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+    except KeyError as error:
+        raise ProfileError(f"{model} is not a BERT-like encoder: its config.json has no {error}") from None
+    except Exception as error:
+        raise ProfileError(
+            f"no model {model!r}: not bundled, not a folder with a config.json, and not found on the Hub "
+            f"({type(error).__name__}); check the spelling and the connection"
+        ) from error
+
+
+def run_folder(lesson: str) -> Path:
+    """Return the folder for what a lesson writes, making it if need be: runs/ here, or under COURSE_RUNS."""
+    folder = Path(os.environ.get("COURSE_RUNS", "runs")) / lesson
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _teraflops(hardware: Hardware) -> float:
+    speeds = _table()["teraflops"]
+    if hardware.kind == "cpu":
+        return speeds["cpu"] * hardware.cpu_cores
+    return next((speed for name, speed in speeds.items() if name in hardware.name), speeds[hardware.kind])
