@@ -41,7 +41,10 @@ class check:  # noqa: N801 - used as `with check("1.1", points=2):`
         if error is not None and not isinstance(error, Exception):
             return False  # an interrupt is the student's, not the check's
         if any(answer is ... for answer in self.answers) or isinstance(error, NotImplementedError):
-            status, message = "not attempted", "Replace the marked lines of the exercise, run it, then run this cell again."
+            status, message = (
+                "not attempted",
+                "Replace the marked lines of the exercise, run it, then run this cell again.",
+            )
         elif isinstance(error, NameError) and getattr(error, "name", None):
             status, message = "not attempted", f"There is no {error.name!r} yet: run the exercise's own cell first."
         elif isinstance(error, AssertionError):
@@ -96,7 +99,9 @@ def report() -> None:
         possible += points if graded else 0
         shown = f"{result['earned']} of {points}" if graded else f"up to {points}"
         colour = f"color:{COLOURS[status]};text-align:left"
-        rows.append(f"<tr><td>{html.escape(result['exercise'])}</td><td style='{colour}'>{status}</td><td>{shown}</td></tr>")
+        rows.append(
+            f"<tr><td>{html.escape(result['exercise'])}</td><td style='{colour}'>{status}</td><td>{shown}</td></tr>"
+        )
     head = "<tr><th>exercise</th><th style='text-align:left'>result</th><th>points</th></tr>"
     total = f"{got} of {possible} points from checks"
     data = {**_identity(), "earned": got, "possible": possible, "results": list(_state["results"].values())}
@@ -146,7 +151,7 @@ def _card(colour: str, body: str) -> str:
 def _exercise_hash(name: str) -> str:
     """Return a hash of the last run cell that begins with the exercise's own first line, or nothing outside IPython."""
     try:
-        history = get_ipython().user_ns["In"]  # noqa: F821 - IPython's own
+        history = get_ipython().user_ns["In"]
     except (NameError, KeyError):
         return ""
     sources = [source for source in history if source.strip().startswith(f"# Exercise {name}\n")]
@@ -155,7 +160,7 @@ def _exercise_hash(name: str) -> str:
 
 def _display(bundle: dict[str, Any]) -> None:
     try:
-        get_ipython()  # noqa: F821
+        get_ipython()
     except NameError:
         print(bundle["text/plain"])
         return

@@ -73,7 +73,10 @@ def load_task(task: str, plan: Plan, data_dir: str = "") -> Task:
         splits = {**splits, "train": halves["train"], "validation": halves["test"]}
     found = sorted(set(splits["train"]["label"]))
     if len(found) < len(LABELS[task]):
-        there, missing = ([LABELS[task][number] for number in numbers] for numbers in (found, set(range(len(LABELS[task]))) - set(found)))
+        there, missing = (
+            [LABELS[task][number] for number in numbers]
+            for numbers in (found, set(range(len(LABELS[task]))) - set(found))
+        )
         raise DataError(
             f"{source} has training rows for {', '.join(there)} only and none for {', '.join(missing)}: is TASK = {task!r} the right task "
             f"for it? The others are {', '.join(name for name in LABELS if name != task)}"
@@ -161,7 +164,9 @@ def read_csv(path: Path, names: list[str]):
             labels.append(_label_id(row["label"], names, f"{path}, line {line}"))
             hard.append({"true": True, "false": False}.get((row.get("hard") or "").lower()))
     except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 (byte {error.start}: {error.reason}); save it again with that encoding") from error
+        raise DataError(
+            f"{path} is not UTF-8 (byte {error.start}: {error.reason}); save it again with that encoding"
+        ) from error
     except (csv.Error, EOFError, gzip.BadGzipFile) as error:
         raise DataError(f"{path} is not a readable CSV file: {error}") from error
     if not texts:

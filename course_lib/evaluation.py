@@ -11,7 +11,6 @@ import numpy as np
 
 from course_lib.data import tokenize
 from course_lib.errors import TrainingError
-from course_lib.train import collate
 
 
 def predict(model, split, tokenizer, *, max_length: int = 128, batch_size: int = 64) -> np.ndarray:
@@ -20,8 +19,10 @@ def predict(model, split, tokenizer, *, max_length: int = 128, batch_size: int =
     Rows are batched by length, which saves padding, and come back in their own order.
     """
     import torch
+    from transformers import DataCollatorWithPadding
 
     rows = list(tokenize(split, tokenizer, max_length))
+    collate = DataCollatorWithPadding(tokenizer)
     device = next(model.parameters()).device
     order = np.argsort([len(row["input_ids"]) for row in rows])
     probabilities = np.zeros((len(rows), model.config.num_labels))
@@ -29,7 +30,7 @@ def predict(model, split, tokenizer, *, max_length: int = 128, batch_size: int =
     with torch.no_grad():
         for start in range(0, len(rows), batch_size):
             chosen = order[start : start + batch_size]
-            batch = collate([rows[index] for index in chosen], tokenizer, device)
+            batch = collate([rows[index] for index in chosen]).to(device)
             batch.pop("labels", None)
             probabilities[chosen] = torch.softmax(model(**batch).logits.float(), dim=-1).cpu().numpy()
     return probabilities
@@ -75,7 +76,9 @@ def weight_changes(before: dict, model):
     for name, weight in model.named_parameters():
         after = weight.detach().cpu().float()
         if not torch.isfinite(after).all():
-            raise TrainingError(f"{name} holds values that are not numbers; lower the learning rate and start from fresh weights")
+            raise TrainingError(
+                f"{name} holds values that are not numbers; lower the learning rate and start from fresh weights"
+            )
         part = _part_of(name)
         change[part] = change.get(part, 0.0) + float((after - before[name].float()).square().sum())
         norm[part] = norm.get(part, 0.0) + float(before[name].float().square().sum())

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import errno
 import gc
-import json
-import os
 import shutil
 import sys
 import tempfile
@@ -46,11 +44,15 @@ def load_classifier(plan: Plan, label_names: list[str], *, seed: int = 0, pretra
             label2id={name: number for number, name in enumerate(label_names)},
         )
         _require_bert(config, plan.model)
+        if plan.hardware.kind == "cpu" and plan.dtype == torch.bfloat16:
+            config._attn_implementation = "eager"  # 1.3 to 1.5 times as fast as sdpa there (measured)
         set_seed(seed)
         if pretrained:
-            model = AutoModelForSequenceClassification.from_pretrained(_where(plan.model), config=config, dtype=torch.float32)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                _where(plan.model), config=config, dtype=torch.float32
+            )
         else:
-            model = AutoModelForSequenceClassification.from_config(config)
+            model = AutoModelForSequenceClassification.from_config(config, dtype=torch.float32)
         return model.to(plan.hardware.kind).eval()
 
 
@@ -68,7 +70,9 @@ def load_masked_lm(plan: Plan):
         )
         _require_bert(model.config, plan.model)
         if missing := [key for key in info["missing_keys"] if key.startswith("cls.predictions.transform")]:
-            raise ModelError(f"{plan.model} was saved without its masked-word head ({len(missing)} weights missing): it cannot fill masks")
+            raise ModelError(
+                f"{plan.model} was saved without its masked-word head ({len(missing)} weights missing): it cannot fill masks"
+            )
         return model.to(plan.hardware.kind).eval()
 
 
@@ -114,11 +118,11 @@ def save_model(model, tokenizer, folder: str | Path) -> Path:
             tokenizer.save_pretrained(partial)
             if folder.exists():
                 old = folder.with_name(partial.name + "-old")
-                os.replace(folder, old)
-                os.replace(partial, folder)
+                folder.replace(old)
+                partial.replace(folder)
                 shutil.rmtree(old)
             else:
-                os.replace(partial, folder)
+                partial.replace(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

@@ -99,7 +99,13 @@ def training(history: list[dict], *, axes=None):
     series = {name: tuple(zip(*points, strict=True)) for name, points in named.items() if points}
     lines(series, xlabel="step", ylabel="cross-entropy loss", title="Loss", ax=axes[0])
     if rates:
-        lines({"lr": tuple(zip(*rates, strict=True))}, xlabel="step", ylabel="learning rate", title="Learning rate", ax=axes[1])
+        lines(
+            {"lr": tuple(zip(*rates, strict=True))},
+            xlabel="step",
+            ylabel="learning rate",
+            title="Learning rate",
+            ax=axes[1],
+        )
         axes[1].ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     return axes
 
@@ -109,7 +115,15 @@ def histogram(groups: dict[str, np.ndarray], *, xlabel: str, ylabel: str = "item
     ax = new_axes()
     edges = np.histogram_bin_edges(np.concatenate([np.asarray(values) for values in groups.values()]), bins=30)
     for number, (name, values) in enumerate(groups.items()):
-        ax.hist(values, bins=edges, histtype="step", linewidth=1.8, color=COLOURS[number], linestyle=LINES[number], label=name)
+        ax.hist(
+            values,
+            bins=edges,
+            histtype="step",
+            linewidth=1.8,
+            color=COLOURS[number],
+            linestyle=LINES[number],
+            label=name,
+        )
     if limit is not None:
         ax.axvline(limit, color="black", linestyle=":", label=f"limit {limit:g}")
     ax.set(xlabel=xlabel, ylabel=ylabel)

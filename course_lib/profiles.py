@@ -105,8 +105,7 @@ class Plan:
 
     def _repr_html_(self) -> str:
         cells = "".join(
-            f"<tr><th style='text-align:left;vertical-align:top'>{name}</th>"
-            f"<td style='text-align:left'>{html.escape(value)}</td></tr>"
+            f"<tr><th style='text-align:left;vertical-align:top'>{name}</th><td style='text-align:left'>{html.escape(value)}</td></tr>"
             for name, value in self.rows()
         )
         return f"<table>{cells}</table>"
@@ -135,7 +134,9 @@ def make_plan(
         profile, why = choose_profile(hardware)
     settings = lesson_settings(lesson, profile, task)
     if unknown := set(changes) - set(settings):
-        raise ProfileError(f"{lesson} has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(settings))}")
+        raise ProfileError(
+            f"{lesson} has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(settings))}"
+        )
     settings |= changes
     model = model or settings["model"]
     dtype, dtype_why = pick_dtype(hardware)
@@ -147,15 +148,31 @@ def make_plan(
         batch_size, accumulation = batch_size // 2, accumulation * 2
         needed = _needed(shape, batch_size, settings, hardware, dtype)
     if needed.total > hardware.free_bytes and model != settings["smaller_model"]:
-        given_up.append(f"{model}, which needs {needed.total / GIB:.1f} GiB even at batch size 1: {settings['smaller_model']} instead")
+        given_up.append(
+            f"{model}, which needs {needed.total / GIB:.1f} GiB even at batch size 1: {settings['smaller_model']} instead"
+        )
         model, batch_size, accumulation = settings["smaller_model"], settings["batch_size"], 1
         shape = model_shape(model)
         needed = _needed(shape, batch_size, settings, hardware, dtype)
     elif accumulation > 1:
-        given_up.append(f"batch size {settings['batch_size']}: {batch_size} fits, {accumulation} are accumulated, slower but equal")
+        given_up.append(
+            f"batch size {settings['batch_size']}: {batch_size} fits, {accumulation} are accumulated, slower but equal"
+        )
     settings["batch_size"] = batch_size
     return Plan(
-        lesson, profile, why, settings["task"], model, hardware, dtype, dtype_why, settings, shape, needed, accumulation, given_up
+        lesson,
+        profile,
+        why,
+        settings["task"],
+        model,
+        hardware,
+        dtype,
+        dtype_why,
+        settings,
+        shape,
+        needed,
+        accumulation,
+        given_up,
     )
 
 

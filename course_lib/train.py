@@ -73,11 +73,12 @@ def fit(
     autocast on. Raises TrainingError where the loss stops being a number.
     """
     import torch
-    from transformers import get_cosine_schedule_with_warmup
+    from transformers import DataCollatorWithPadding, get_cosine_schedule_with_warmup
 
     set_seed(seed)
     device = next(model.parameters()).device
     rows = [examples[index] for index in range(len(examples))]
+    collate = DataCollatorWithPadding(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
     schedule = get_cosine_schedule_with_warmup(optimizer, int(warmup * steps), steps)
     order = torch.Generator().manual_seed(seed)
@@ -89,7 +90,7 @@ def fit(
         if len(queue) < min(batch_size, len(rows)):
             queue += torch.randperm(len(rows), generator=order).tolist()
         chosen, queue = queue[:batch_size], queue[batch_size:]
-        batch = collate([rows[index] for index in chosen], tokenizer, device)
+        batch = collate([rows[index] for index in chosen]).to(device)
         with torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
             loss = model(**batch).loss
         if not math.isfinite(loss.item()):
@@ -104,14 +105,3 @@ def fit(
         optimizer.zero_grad()
     model.eval()
     return log
-
-
-def collate(rows: list[dict], tokenizer, device="cpu") -> dict:
-    """Return tokenised rows as one batch of tensors, padded to the longest. Shapes: (batch, length); labels (batch,)."""
-    import torch
-
-    features = [{key: value for key, value in row.items() if key != "label"} for row in rows]
-    batch = dict(tokenizer.pad(features, return_tensors="pt"))
-    if "label" in rows[0]:
-        batch["labels"] = torch.tensor([row["label"] for row in rows])
-    return {key: value.to(device) for key, value in batch.items()}

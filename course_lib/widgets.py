@@ -63,7 +63,11 @@ def table(frame, *, wrap: str = "text"):
     for values in frame.itertuples(index=False):
         cells = []
         for name, value in zip(frame.columns, values, strict=True):
-            style = "text-align:left;white-space:normal;min-width:18em;max-width:36em" if name == wrap else "text-align:left"
+            style = (
+                "text-align:left;white-space:normal;min-width:18em;max-width:36em"
+                if name == wrap
+                else "text-align:left"
+            )
             shown = f"{value:.2f}" if isinstance(value, float) else str(value)
             cells.append(f"<td style='{style}'>{html.escape(shown)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
@@ -103,6 +107,8 @@ def _probability_table(classify: Callable[[str], dict[str, float]], texts: list[
             f"<td style='text-align:right;{'font-weight:bold' if name == best else ''}'>{value:.2f}</td>"
             for name, value in probabilities.items()
         )
-        rows.append(f"<tr><td style='text-align:left;max-width:32em;white-space:normal'>{html.escape(text)}</td>{cells}</tr>")
+        rows.append(
+            f"<tr><td style='text-align:left;max-width:32em;white-space:normal'>{html.escape(text)}</td>{cells}</tr>"
+        )
     head = "".join(f"<th>{html.escape(name)}</th>" for name in probabilities)
     return f"<table><tr><th style='text-align:left'>text</th>{head}</tr>{''.join(rows)}</table>"

@@ -18,9 +18,21 @@ from pathlib import Path
 import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 
-from tools.lessons import BEGIN, END, NOTEBOOKS, ROOT, Cell, Lesson, lesson_paths, read_lesson, solution_regions, solved, stubbed
+from tools.lessons import (
+    BEGIN,
+    END,
+    NOTEBOOKS,
+    ROOT,
+    Cell,
+    Lesson,
+    lesson_paths,
+    read_lesson,
+    solution_regions,
+    solved,
+    stubbed,
+)
 
-SETUP = '''\
+SETUP = """\
 # Set-up: finds the course, or fetches it where there is none (Colab). Safe to run again.
 import importlib.util
 import subprocess
@@ -35,7 +47,7 @@ if importlib.util.find_spec("course_lib") is None:
 
 from course_lib import checks
 
-checks.begin("{lesson}", "{version}")'''
+checks.begin("{lesson}", "{version}")"""
 
 
 def repository() -> str:
@@ -124,7 +136,11 @@ def problems_of(lesson: Lesson) -> list[str]:
     tagged = [cell for cell in lesson.cells if "parameters" in cell.tags]
     if len(tagged) != 1:
         found.append(f"{len(tagged)} cells are tagged parameters; there must be one")
-    found += [f"solution marks outside an exercise: {_first_line(cell)}" for cell in lesson.cells if not cell.role and BEGIN in cell.source]
+    found += [
+        f"solution marks outside an exercise: {_first_line(cell)}"
+        for cell in lesson.cells
+        if not cell.role and BEGIN in cell.source
+    ]
     return found
 
 
@@ -163,21 +179,25 @@ def problems_of_notebook(path: Path) -> list[str]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Build or check all lessons; return the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m tools.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.build", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where something does not agree")
     check = parser.parse_args(arguments).check
 
     order = [read_lesson(path) for path in lesson_paths()]
     problems, wanted = [], {}
     for lesson in order:
-        problems += [f"lessons/{lesson.name}.py: {problem}" for problem in problems_of(lesson)]
-        for solution in (False, True):
-            text = build_notebook(lesson, order, solution=solution)
-            wanted[notebook_path(lesson.name, solution)] = text
-            if not solution:
-                problems += [f"lessons/{lesson.name}.py: {problem}" for problem in leaked_solutions(lesson, text)]
+        found = problems_of(lesson)
+        texts = {} if found else {solution: build_notebook(lesson, order, solution=solution) for solution in (False, True)}
+        found += leaked_solutions(lesson, texts[False]) if texts else []
+        problems += [f"lessons/{lesson.name}.py: {problem}" for problem in found]
+        # A lesson with problems is not built: its notebooks stay as they are.
+        wanted |= {notebook_path(lesson.name, copy): None if found else texts[copy] for copy in (False, True)}
     for path, text in wanted.items():
         name = path.relative_to(ROOT)
+        if text is None:
+            continue
         if not check and (not path.exists() or path.read_text(encoding="utf-8") != text):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")

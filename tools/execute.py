@@ -81,7 +81,9 @@ def execute(
         first = error.source.strip().splitlines()[0][:80]
         raise NotebookFailedError(f"cell {error.exec_count} ({first}): {error.ename}: {error.evalue[:400]}") from None
     except CellTimeoutError:
-        raise NotebookFailedError(f"cell {running['cell']} was running when the limit of {limit_s:.0f} s was reached") from None
+        raise NotebookFailedError(
+            f"cell {running['cell']} was running when the limit of {limit_s:.0f} s was reached"
+        ) from None
     except DeadKernelError as error:
         raise NotebookFailedError(f"the kernel died in cell {running['cell']}: {error}") from None
 

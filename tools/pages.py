@@ -35,11 +35,15 @@ def write_page(notebook: Path, page: Path) -> None:
         jupyter_widgets_base_url="",
         embed_images=True,
     )
-    title = next((cell.source for cell in content.cells if cell.source.startswith("# ")), "# Notebook").splitlines()[0][2:]
+    title = next((cell.source for cell in content.cells if cell.source.startswith("# ")), "# Notebook").splitlines()[0][
+        2:
+    ]
     body, _ = exporter.from_notebook_node(content, resources={"metadata": {"name": title}})
     # What is left of the template's loaders would ask for an empty address.
     body = re.sub(r'<script[^>]*src=""[^>]*></script>', "", body)
-    body = re.sub(r"<script[^>]*>(?:(?!</script>).)*(?:mermaid|MathJax)(?:(?!</script>).)*</script>", "", body, flags=re.DOTALL)
+    body = re.sub(
+        r"<script[^>]*>(?:(?!</script>).)*(?:mermaid|MathJax)(?:(?!</script>).)*</script>", "", body, flags=re.DOTALL
+    )
     page.write_text(body, encoding="utf-8")
 
 
@@ -47,7 +51,9 @@ def _offline_markdown(source: str) -> str:
     parts = re.split(r"(```.*?```|`[^`\n]+`)", source, flags=re.DOTALL)  # code is left alone
     for number in range(0, len(parts), 2):
         text = REMOTE_IMAGE.sub(r"[\1]", parts[number])
-        parts[number] = MATH.sub(lambda match: convert(match[1] or match[2], display="block" if match[1] else "inline"), text)
+        parts[number] = MATH.sub(
+            lambda match: convert(match[1] or match[2], display="block" if match[1] else "inline"), text
+        )
     return "".join(parts)
 
 
@@ -60,7 +66,9 @@ def write_index(folder: Path) -> Path:
     rows = "".join(_row(folder, path, result) for path, result in results)
     versions = results[-1][1]["versions"] if results else {}
     shown = ", ".join(f"{name} {version}" for name, version in versions.items())
-    page = PAGE.format(rows=rows or "<tr><td colspan=7>nothing has been run yet: make run</td></tr>", versions=html.escape(shown))
+    page = PAGE.format(
+        rows=rows or "<tr><td colspan=7>nothing has been run yet: make run</td></tr>", versions=html.escape(shown)
+    )
     index = folder / "index.html"
     index.write_text(page, encoding="utf-8")
     return index
@@ -68,14 +76,17 @@ def write_index(folder: Path) -> Path:
 
 def _row(folder: Path, path: Path, result: dict) -> str:
     link = path.with_suffix(".html").relative_to(folder).as_posix()
-    name = html.escape(result["title"]) + (f"<br><small>{html.escape(result['variant'])}</small>" if result["variant"] else "")
+    name = html.escape(result["title"]) + (
+        f"<br><small>{html.escape(result['variant'])}</small>" if result["variant"] else ""
+    )
     values = result["values"]
     metric = html.escape(str(values.get("metric", "")))
     before, after = (f"{values[key]:.3f}" if isinstance(values.get(key), float) else "-" for key in ("before", "after"))
     slow = "".join(f"<li>{seconds:.1f} s <code>{html.escape(line)}</code></li>" for seconds, line in result["slowest"])
     status = "" if result["status"] == "ok" else f"<p class=failed>failed: {html.escape(result['error'])}</p>"
     return (
-        f"<tr><td><a href='{html.escape(link)}'>{name}</a><br><small>{html.escape(result['lesson'])}, {result['copy']}, {result['profile']}</small>{status}</td>"
+        f"<tr><td><a href='{html.escape(link)}'>{name}</a><br>"
+        f"<small>{html.escape(result['lesson'])}, {result['copy']}, {result['profile']}</small>{status}</td>"
         f"<td>{metric}</td><td class=n>{before}</td><td class=n><b>{after}</b></td><td class=n>{result['time_s'] / 60:.1f}</td>"
         f"<td class=n>{result['peak_bytes'] / 1e9:.1f}</td><td><ul>{slow}</ul></td></tr>"
         f"{_preview(path.with_suffix('.ipynb'))}"
@@ -108,7 +119,8 @@ small {{ color: #666; }} .failed {{ color: #b00020; }}
 <h1>Executed lessons</h1>
 <p>Each lesson as it ran on this machine: its main score before and after fine-tuning, the time of the whole notebook,
 the kernel's peak memory, and its three slowest cells.</p>
-<table><tr><th>lesson</th><th>score</th><th class=n>before</th><th class=n>after</th><th class=n>minutes</th><th class=n>peak GB</th><th>slowest cells</th></tr>
+<table><tr><th>lesson</th><th>score</th><th class=n>before</th><th class=n>after</th>
+<th class=n>minutes</th><th class=n>peak GB</th><th>slowest cells</th></tr>
 {rows}</table>
 <p><small>{versions}</small></p>
 </body></html>

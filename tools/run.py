@@ -11,6 +11,7 @@ A notebook whose lesson, library, data, parameters and package versions have not
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import os
@@ -91,16 +92,23 @@ def main(arguments: list[str] | None = None) -> int:
     console.print(_table(results))
     for result in results:
         if result.status != "ok":
-            console.print(f"[red]{result.lesson} failed[/red]: {result.error}\n  partial notebook: {result.notebook}", highlight=False)
+            console.print(
+                f"[red]{result.lesson} failed[/red]: {result.error}\n  partial notebook: {result.notebook}",
+                highlight=False,
+            )
     console.print(f"index: {index}", highlight=False)
     return 0 if all(result.status == "ok" for result in results) else 1
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m tools.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("lessons", nargs="*", help="lessons, or how their names begin; all where none is given")
     parser.add_argument("--profile", default="tiny", choices=["auto", "tiny", "colab", "full"])
-    parser.add_argument("--param", action="append", default=[], metavar="NAME=VALUE", help="another parameter of the notebook")
+    parser.add_argument(
+        "--param", action="append", default=[], metavar="NAME=VALUE", help="another parameter of the notebook"
+    )
     parser.add_argument("--copy", default="solution", choices=["solution", "student"])
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 2) // 2), help="notebooks at once")
     parser.add_argument("--limit", type=float, default=1800, metavar="SECONDS", help="for each notebook as a whole")
@@ -112,7 +120,11 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 def plan_jobs(options: argparse.Namespace) -> list[Job]:
     """Return the notebooks to run. Raises ValueError for a lesson or parameter that does not exist."""
     names = [read_lesson(path) for path in lesson_paths()]
-    chosen = [lesson for lesson in names if not options.lessons or any(lesson.name.startswith(wish) for wish in options.lessons)]
+    chosen = [
+        lesson
+        for lesson in names
+        if not options.lessons or any(lesson.name.startswith(wish) for wish in options.lessons)
+    ]
     if missing := [wish for wish in options.lessons if not any(lesson.name.startswith(wish) for lesson in names)]:
         raise ValueError(f"no lesson {', '.join(missing)}; there are {', '.join(lesson.name for lesson in names)}")
     given = {}
@@ -121,7 +133,9 @@ def plan_jobs(options: argparse.Namespace) -> list[Job]:
         if not equals:
             raise ValueError(f"--param {text}: write NAME=VALUE")
         given[name] = _typed(value)
-    variant = "-".join(re.sub(r"[^A-Za-z0-9]+", "_", f"{name}_{Path(str(value)).name}") for name, value in given.items())
+    variant = "-".join(
+        re.sub(r"[^A-Za-z0-9]+", "_", f"{name}_{Path(str(value)).name}") for name, value in given.items()
+    )
     jobs = []
     for lesson in chosen:
         source = notebook_path(lesson.name, solution=options.copy == "solution")
@@ -132,7 +146,9 @@ def plan_jobs(options: argparse.Namespace) -> list[Job]:
             raise ValueError(f"{lesson.name} has no parameter {', '.join(unknown)}; it has {', '.join(known)}")
         stem = lesson.name + ("" if options.copy == "solution" else ".student") + (f".{variant}" if variant else "")
         parameters = {"PROFILE": options.profile, **given}
-        jobs.append(Job(lesson.name, lesson.title, source, options.out / f"{stem}.ipynb", options.copy, variant, parameters))
+        jobs.append(
+            Job(lesson.name, lesson.title, source, options.out / f"{stem}.ipynb", options.copy, variant, parameters)
+        )
     return jobs
 
 
@@ -148,7 +164,12 @@ def run_jobs(jobs: list[Job], options: argparse.Namespace, console: Console) -> 
     workers = min(options.jobs, len(jobs)) or 1
     threads = None if workers == 1 else 1
     stop = threading.Event()
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} cells"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} cells"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(workers) as pool:
         futures = []
         for job in jobs:
@@ -172,7 +193,15 @@ def _run_job(job: Job, options, threads: int | None, stop: threading.Event, prog
             progress.update(bar, completed=progress.tasks[bar].total)
             return old
     known.unlink(missing_ok=True)
-    result = Result(job.lesson, job.title, job.copy, job.variant, str(job.parameters["PROFILE"]), str(job.target), fingerprint=fingerprint)
+    result = Result(
+        job.lesson,
+        job.title,
+        job.copy,
+        job.variant,
+        str(job.parameters["PROFILE"]),
+        str(job.target),
+        fingerprint=fingerprint,
+    )
     progress.start_task(bar)
     _run_process(job, result, options.limit, threads, stop, lambda cell: progress.update(bar, completed=cell))
     if stop.is_set():
@@ -206,7 +235,13 @@ def _run_process(job: Job, result: Result, limit_s: float, threads: int | None, 
         command += ["--parameters", json.dumps(job.parameters), "--limit", str(limit_s), "--cwd", str(Path.cwd())]
         start = time.monotonic()
         child = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         messages: queue.Queue = queue.Queue()
         errors: list[str] = []
@@ -270,10 +305,8 @@ def _end_tree(child: subprocess.Popen) -> None:
             child.kill()
             child.wait()
     for process in family:
-        try:
+        with contextlib.suppress(psutil.Error):
             process.kill()
-        except psutil.Error:
-            pass
 
 
 def _read_notebook(path: Path, result: Result) -> None:
@@ -310,7 +343,11 @@ def _fingerprint(job: Job) -> str:
     """Return a hash of all that a run depends on: notebook, library, data, parameters, versions."""
     digest = hashlib.sha256(json.dumps([job.parameters, _versions()], sort_keys=True).encode())
     files = [job.source, *(ROOT / "course_lib").glob("*.*"), *(ROOT / "lessons").rglob("evidence/*")]
-    files += [path for path in (ROOT / "data").rglob("*") if path.is_file() and path.relative_to(ROOT / "data").parts[0] != "build"]
+    files += [
+        path
+        for path in (ROOT / "data").rglob("*")
+        if path.is_file() and path.relative_to(ROOT / "data").parts[0] != "build"
+    ]
     for path in sorted(files):
         digest.update(f"{path.relative_to(ROOT)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
     for value in job.parameters.values():  # a folder the student named

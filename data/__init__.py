@@ -1,0 +1,1 @@
+"""Data written for this course, the miniatures made from it, and what made both."""

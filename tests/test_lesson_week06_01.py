@@ -1,0 +1,292 @@
+"""Lesson 06/01: what the notebook must show, and whether each check and probe tells right from wrong."""
+
+import json
+import subprocess
+import sys
+
+import nbformat
+import numpy as np
+import pytest
+import torch
+from conftest import LESSON, MACHINES, ROOT
+from exercises import probed, right_answer, status_of
+
+from course_lib.profiles import make_plan
+from tools.lessons import LESSONS, read_lesson
+
+lesson = read_lesson(LESSONS / f"{LESSON}.py")
+
+# For each exercise: plausible wrong answers, and a word of the message each must meet.
+WRONG = {
+    "1.1": {
+        "mean over everything": ("def mean_pooling(hidden, mask):\n    return hidden.mean(dim=1)", "padding changes"),
+        "sum without dividing": ("def mean_pooling(hidden, mask):\n    return (hidden * mask.unsqueeze(-1)).sum(1)", "divide"),
+        "divides by the length": ("def mean_pooling(hidden, mask):\n    return (hidden * mask.unsqueeze(-1)).mean(1)", "divisor"),
+        "wrong dimension": ("def mean_pooling(hidden, mask):\n    return hidden.mean(dim=2)", "dim=1"),
+        "one divisor for the batch": (
+            "def mean_pooling(hidden, mask):\n    return (hidden * mask.unsqueeze(-1)).sum(1) / mask[0].sum()",
+            "different lengths",
+        ),
+        "the first token": ("def mean_pooling(hidden, mask):\n    return hidden[:, 0]", "plain mean"),
+    },
+    "1.2": {
+        "rounds down": (
+            "def count_steps(rows, batch_size, accumulation, epochs, share):\n"
+            "    steps = rows // batch_size // accumulation * epochs\n    return int(share * steps), steps",
+            "round up",
+        ),
+        "forgets accumulation": (
+            "import math\ndef count_steps(rows, batch_size, accumulation, epochs, share):\n"
+            "    steps = math.ceil(rows / batch_size) * epochs\n    return math.ceil(share * steps), steps",
+            "quarter",
+        ),
+        "forgets epochs": (
+            "import math\ndef count_steps(rows, batch_size, accumulation, epochs, share):\n"
+            "    steps = math.ceil(math.ceil(rows / batch_size) / accumulation)\n    return math.ceil(share * steps), steps",
+            "300 in three",
+        ),
+        "rounds after multiplying": (
+            "import math\ndef count_steps(rows, batch_size, accumulation, epochs, share):\n"
+            "    steps = math.ceil(math.ceil(rows / batch_size) * epochs / accumulation)\n    return math.ceil(share * steps), steps",
+            "within the epoch",
+        ),
+        "warm-up rounded down": (
+            "import math\ndef count_steps(rows, batch_size, accumulation, epochs, share):\n"
+            "    steps = math.ceil(math.ceil(rows / batch_size) / accumulation) * epochs\n    return int(share * steps), steps",
+            "round up to 1",
+        ),
+    },
+    "1.3": {
+        "no warm-up": (
+            "import math\ndef learning_rate(step, warmup, total, peak):\n    return peak / 2 * (1 + math.cos(math.pi * step / total))",
+            "at step 0",
+        ),
+        "cosine from step 0": (
+            "import math\ndef learning_rate(step, warmup, total, peak):\n    if step < warmup:\n        return peak * step / warmup\n"
+            "    return peak / 2 * (1 + math.cos(math.pi * step / total))",
+            "",
+        ),
+        "ramp one step late": (
+            "import math\ndef learning_rate(step, warmup, total, peak):\n    if step <= warmup:\n        return peak * step / (warmup + 1)\n"
+            "    return peak / 2 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))",
+            "ramp",
+        ),
+        "a straight line": (
+            "def learning_rate(step, warmup, total, peak):\n    if step < warmup:\n        return peak * step / warmup\n"
+            "    return peak * (total - step) / (total - warmup)",
+            "not transformers' schedule",
+        ),
+        "twice the height": (
+            "import math\ndef learning_rate(step, warmup, total, peak):\n    if step < warmup:\n        return peak * step / warmup\n"
+            "    return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))",
+            "",
+        ),
+    },
+    "1.4": {
+        "micro for macro": (
+            "def accuracy_and_macro_f1(counts):\n    acc = counts.trace() / counts.sum()\n    return acc, acc",
+            "average the classes' F1",
+        ),
+        "weighted by size": (
+            "import numpy as np\ndef accuracy_and_macro_f1(counts):\n    hits = np.diag(counts)\n"
+            "    f1 = 2 * hits / (counts.sum(0) + counts.sum(1))\n"
+            "    return hits.sum() / counts.sum(), (f1 * counts.sum(1)).sum() / counts.sum()",
+            "counts each class once",
+        ),
+        "macro recall": (
+            "import numpy as np\ndef accuracy_and_macro_f1(counts):\n    hits = np.diag(counts)\n"
+            "    return hits.sum() / counts.sum(), (hits / counts.sum(1)).mean()",
+            "precision (columns) and recall (rows)",
+        ),
+        "nan for a missing class": (
+            "import numpy as np\ndef accuracy_and_macro_f1(counts):\n    hits = np.diag(counts)\n"
+            "    p, r = hits / counts.sum(0), hits / counts.sum(1)\n    return hits.sum() / counts.sum(), (2 * p * r / (p + r)).mean()",
+            "0/0",
+        ),
+        "accuracy as mean recall": (
+            "import numpy as np\ndef accuracy_and_macro_f1(counts):\n    hits = np.diag(counts)\n"
+            "    return (hits / counts.sum(1)).mean(), (2 * hits / (counts.sum(0) + counts.sum(1))).mean()",
+            "diagonal's sum",
+        ),
+    },
+    "1.5": {
+        "fewest hits": (
+            "import numpy as np\ndef worst(counts, names):\n    wrong = counts - np.diag(np.diag(counts))\n"
+            "    t, p = np.unravel_index(wrong.argmax(), wrong.shape)\n    return names[counts.sum(1).argmax()], (names[t], names[p])",
+            "row's sum",
+        ),
+        "diagonal left in": (
+            "import numpy as np\ndef worst(counts, names):\n    recall = np.diag(counts) / counts.sum(1)\n"
+            "    t, p = np.unravel_index(counts.argmax(), counts.shape)\n    return names[recall.argmin()], (names[t], names[p])",
+            "leave out the diagonal",
+        ),
+        "pair turned round": (
+            "import numpy as np\ndef worst(counts, names):\n    recall = np.diag(counts) / counts.sum(1)\n"
+            "    wrong = counts - np.diag(np.diag(counts))\n    t, p = np.unravel_index(wrong.argmax(), wrong.shape)\n"
+            "    return names[recall.argmin()], (names[p], names[t])",
+            "rows are the truth",
+        ),
+        "changes its input": (
+            "import numpy as np\ndef worst(counts, names):\n    recall = np.diag(counts) / counts.sum(1)\n    np.fill_diagonal(counts, 0)\n"
+            "    t, p = np.unravel_index(counts.argmax(), counts.shape)\n    return names[recall.argmin()], (names[t], names[p])",
+            "work on a copy",
+        ),
+    },
+    "1.6": {
+        "upside down": (
+            "def layer_rates(parameter_names, num_layers, lr, decay):\n    out = {}\n    for n in parameter_names:\n"
+            "        power = int(n.split('.layer.')[1].split('.')[0]) + 1 if '.layer.' in n else (num_layers + 1 if 'embeddings' in n else 0)\n"
+            "        out[n] = lr * decay ** power\n    return out",
+            "top layer",
+        ),
+        "embeddings with layer 0": (
+            "def layer_rates(parameter_names, num_layers, lr, decay):\n    out = {}\n    for n in parameter_names:\n"
+            "        power = num_layers - int(n.split('.layer.')[1].split('.')[0]) if '.layer.' in n "
+            "else (num_layers if 'embeddings' in n else 0)\n"
+            "        out[n] = lr * decay ** power\n    return out",
+            "below layer 0",
+        ),
+        "one digit": (
+            "def layer_rates(parameter_names, num_layers, lr, decay):\n    out = {}\n    for n in parameter_names:\n"
+            "        power = num_layers - int(n.split('.layer.')[1][0]) if '.layer.' in n else (num_layers + 1 if 'embeddings' in n else 0)\n"
+            "        out[n] = lr * decay ** power\n    return out",
+            "first digit",
+        ),
+        "one rate for all": (
+            "def layer_rates(parameter_names, num_layers, lr, decay):\n    return {n: lr for n in parameter_names}",
+            "one factor below the head",
+        ),
+        "head forgotten": (
+            "def layer_rates(parameter_names, num_layers, lr, decay):\n"
+            "    return {n: lr * decay ** (num_layers - int(n.split('.layer.')[1].split('.')[0])) for n in parameter_names if '.layer.' in n}",
+            "every parameter",
+        ),
+    },
+}
+CASES = [(number, name) for number, answers in WRONG.items() for name in answers]
+
+
+@pytest.fixture(scope="module")
+def namespace():
+    """The names that the notebook has when a check runs."""
+    from transformers import get_cosine_schedule_with_warmup
+
+    from course_lib.checks import check
+    from course_lib.models import load_classifier, load_tokenizer
+
+    plan = make_plan(LESSON, "tiny", hardware=MACHINES["laptop"])
+    names = ["World", "Sports", "Business", "Sci/Tech"]
+    warmup_steps = int(plan.warmup * plan.steps)
+    optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=plan.lr)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps, plan.steps)
+    rates = []
+    for _ in range(plan.steps):
+        rates.append(schedule.get_last_lr()[0])
+        optimizer.step()
+        schedule.step()
+    return {
+        "plan": plan,
+        "names": names,
+        "model": load_classifier(plan, names),
+        "tokenizer": load_tokenizer(plan),
+        "warmup_steps": warmup_steps,
+        "rates": rates,
+        "np": np,
+        "torch": torch,
+        "math": __import__("math"),
+        "check": check,
+    }
+
+
+def test_every_exercise_but_the_open_one_has_wrong_answers_here():
+    assert set(WRONG) == set(lesson.by_role("probe"))
+    assert set(lesson.by_role("exercise")) - set(WRONG) == {"1.7"}
+
+
+@pytest.mark.parametrize("number", WRONG)
+def test_a_check_passes_the_solution_and_knows_an_untouched_stub(number, namespace):
+    assert status_of(lesson, number, right_answer(lesson, number), namespace) == ("passed", "")
+    assert status_of(lesson, number, None, namespace)[0] == "not attempted"
+
+
+@pytest.mark.parametrize(("number", "name"), CASES)
+def test_a_check_fails_a_plausible_wrong_answer_and_names_the_mistake(number, name, namespace):
+    answer, word = WRONG[number][name]
+    status, message = status_of(lesson, number, answer, namespace)
+    assert status == "not yet"
+    assert word in message
+
+
+def test_the_open_question_is_kept_for_a_person_and_an_empty_one_is_not(namespace):
+    assert status_of(lesson, "1.7", right_answer(lesson, "1.7"), namespace)[0] == "for your instructor"
+    assert status_of(lesson, "1.7", None, namespace)[0] == "not attempted"
+
+
+@pytest.mark.parametrize("number", WRONG)
+def test_a_probe_repeats_with_its_seed_and_draws_anew_with_another(number, namespace):
+    answer = right_answer(lesson, number)
+    tools = {name: namespace[name] for name in ("torch", "np", "math")}
+    values = [probed(lesson, number, answer, seed, tools) for seed in (1, 1, 2)]
+    assert values[0] == values[1] != values[2]
+    assert values[0][0] == "["
+
+
+@pytest.mark.parametrize(("number", "name"), CASES)
+def test_a_probe_tells_a_wrong_answer_from_the_solution(number, name, namespace):
+    tools = {tool: namespace[tool] for tool in ("torch", "np", "math")}
+    right, wrong = (
+        [probed(lesson, number, answer, seed, tools) for seed in range(3)]
+        for answer in (right_answer(lesson, number), WRONG[number][name][0])
+    )
+    assert right != wrong
+
+
+def outputs(path) -> str:
+    return "\n".join(json.dumps(cell.get("outputs", [])) for cell in nbformat.read(path, as_version=4).cells)
+
+
+def values_of(path) -> dict:
+    found = {}
+    for cell in nbformat.read(path, as_version=4).cells:
+        for output in cell.get("outputs", []):
+            if record := output.get("data", {}).get("application/vnd.course.record+json"):
+                found[record["name"]] = record["value"]
+    return found
+
+
+def run_notebook(out, *arguments) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "tools.run", "week06/01", "--out", str(out), "--jobs", "1", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("notebooks")
+def test_the_solved_notebook_learns_on_tiny_within_its_budget(tmp_path):
+    done = run_notebook(tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((tmp_path / f"{LESSON}.json").read_text())
+    assert result["values"]["before"] <= 0.40
+    assert result["values"]["after"] >= 0.80
+    assert result["peak_bytes"] <= 3e9
+    assert result["time_s"] <= 180  # 90 s on two free cores; the suite shares them
+    text = outputs(tmp_path / f"{LESSON}.ipynb")
+    assert text.count('"status": "passed"') >= 6
+    assert '"name": "stderr"' not in text, "something wrote to stderr"
+    assert "Warning" not in text
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("notebooks")
+def test_the_student_copy_runs_to_its_end_with_every_check_not_attempted(tmp_path):
+    done = run_notebook(tmp_path, "--copy", "student")
+    assert done.returncode == 0, done.stdout + done.stderr
+    path = tmp_path / f"{LESSON}.student.ipynb"
+    found = [
+        output["data"]["application/vnd.course.check+json"]
+        for cell in nbformat.read(path, as_version=4).cells
+        for output in cell.get("outputs", [])
+        if "application/vnd.course.check+json" in output.get("data", {})
+    ]
+    assert {record["status"] for record in found} == {"not attempted"}
+    assert {record["exercise"] for record in found} == set(lesson.by_role("exercise"))
+    assert values_of(path)["after"] >= 0.80

@@ -1,0 +1,107 @@
+"""One dial: which profile a machine gets, what the plan says, what is given up to fit."""
+
+from dataclasses import replace
+
+import pytest
+from conftest import LESSON, MACHINES
+
+from course_lib.errors import ProfileError
+from course_lib.hardware import GIB
+from course_lib.profiles import PROFILES, choose_profile, lesson_settings, make_plan, run_folder
+
+
+@pytest.mark.parametrize(
+    ("machine", "profile"),
+    [
+        ("laptop", "tiny"),
+        ("T4", "colab"),
+        ("L4", "colab"),
+        ("A100", "full"),
+        ("H100", "full"),
+        ("small", "colab"),
+        ("mac", "colab"),
+    ],
+)
+def test_auto_follows_the_machine(machine, profile):
+    assert choose_profile(MACHINES[machine])[0] == profile
+    assert make_plan(LESSON, hardware=MACHINES[machine]).profile == profile
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_plan_fits_the_memory_that_is_free(machine):
+    plan = make_plan(LESSON, hardware=MACHINES[machine])
+    assert plan.needed.total <= plan.hardware.free_bytes
+
+
+def test_a_small_gpu_halves_the_batch_and_accumulates_so_that_steps_stay():
+    roomy = make_plan(LESSON, "colab", hardware=MACHINES["T4"])
+    tight = make_plan(LESSON, "colab", hardware=replace(MACHINES["T4"], free_bytes=int(3.2 * GIB)))
+    assert roomy.accumulation == 1 and roomy.given_up == []
+    assert tight.accumulation > 1
+    assert tight.batch_size * tight.accumulation == roomy.batch_size
+    assert tight.steps == roomy.steps
+    assert "accumulated" in tight.given_up[0]
+
+
+def test_where_no_batch_fits_the_bundled_miniature_takes_over_and_the_plan_says_so():
+    plan = make_plan(LESSON, "colab", hardware=replace(MACHINES["T4"], free_bytes=int(1.5 * GIB)))
+    assert plan.model == "mini-bert"
+    assert "google-bert/bert-base-uncased" in plan.given_up[0]
+    assert "mini-bert" in repr(plan)
+
+
+def test_a_plan_shows_the_same_in_text_and_html():
+    plan = make_plan(LESSON, hardware=MACHINES["T4"])
+    for word in ("Tesla T4", "float16", "no bfloat16", "google-bert/bert-base-uncased", "GiB needed of"):
+        assert word in repr(plan)
+        assert word in plan._repr_html_()
+
+
+def test_a_plan_escapes_what_it_shows():
+    plan = make_plan(LESSON, "tiny", hardware=replace(MACHINES["laptop"], name="<b>x</b>"))
+    assert "<b>x" not in plan._repr_html_()
+
+
+def test_settings_can_be_replaced_by_name_and_reads_as_attributes():
+    plan = make_plan(LESSON, "tiny", hardware=MACHINES["laptop"], train_rows=512, epochs=1)
+    assert (plan.train_rows, plan.epochs) == (512, 1)
+    assert plan.steps == 512 // plan.batch_size
+    with pytest.raises(AttributeError, match="no setting 'colour'"):
+        plan.colour  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"profile": "huge"}, "auto, tiny, colab, full"),
+        ({"task": "yelp"}, "ag_news, imdb"),
+        ({"batchsize": 3}, "batch_size"),
+        ({"model": "no/such-model"}, "check the spelling"),
+    ],
+)
+def test_a_wrong_choice_names_the_right_ones(arguments, says):
+    with pytest.raises(ProfileError, match=says):
+        make_plan(LESSON, **{"profile": "tiny", "hardware": MACHINES["laptop"], **arguments})
+
+
+def test_an_unknown_lesson_names_those_there_are():
+    with pytest.raises(ProfileError, match="week06/01_bert_classification"):
+        make_plan("week99/nothing", hardware=MACHINES["laptop"])
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+@pytest.mark.parametrize("task", ["ag_news", "imdb"])
+def test_every_profile_has_the_same_settings_for_every_task(profile, task):
+    assert set(lesson_settings(LESSON, profile, task)) == set(lesson_settings(LESSON, "tiny", "ag_news"))
+
+
+def test_a_folder_that_is_no_encoder_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    with pytest.raises(ProfileError, match="not a BERT-like encoder"):
+        make_plan(LESSON, "tiny", hardware=MACHINES["laptop"], model=str(tmp_path))
+
+
+def test_what_a_lesson_writes_goes_where_course_runs_points(monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "elsewhere"))
+    assert run_folder(LESSON) == tmp_path / "elsewhere" / LESSON
+    assert run_folder(LESSON).is_dir()

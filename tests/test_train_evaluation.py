@@ -1,0 +1,168 @@
+"""The loop, Trainer's arguments, scores and proofs of change, against torch, scikit-learn and sums by hand."""
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import LESSON, MACHINES
+from datasets import ClassLabel, Dataset, Features, Value
+from transformers import DataCollatorWithPadding
+
+from course_lib import evaluation, models, train
+from course_lib.data import tokenize
+from course_lib.errors import TrainingError
+from course_lib.profiles import make_plan
+
+NAMES = ["bad", "good"]
+
+
+@pytest.fixture
+def plan(tiny_bert):
+    return make_plan(LESSON, "tiny", task="imdb", hardware=MACHINES["laptop"], model=str(tiny_bert), max_length=12)
+
+
+@pytest.fixture
+def split():
+    texts = ["the film good .", "the film bad .", "a good match", "a bad match", "good good z", "bad bad z x y"] * 4
+    labels = [1, 0] * 12
+    features = Features({"text": Value("string"), "label": ClassLabel(names=NAMES), "hard": Value("bool")})
+    return Dataset.from_dict({"text": texts, "label": labels, "hard": [False] * 24}, features=features)
+
+
+@pytest.fixture
+def tokenizer(plan):
+    return models.load_tokenizer(plan)
+
+
+def test_the_loop_learns_what_one_word_decides(plan, split, tokenizer):
+    model = models.load_classifier(plan, NAMES)
+    log = train.fit(model, tokenize(split, tokenizer, 12), tokenizer, steps=60, lr=1e-2, batch_size=8)
+    assert log[-1]["loss"] < 0.1 < log[0]["loss"]
+    assert evaluation.scores(evaluation.predict(model, split, tokenizer), split["label"])["accuracy"] == 1.0
+
+
+def test_the_loop_repeats_with_the_same_seed_and_not_with_another(plan, split, tokenizer):
+    def losses(seed):
+        model = models.load_classifier(plan, NAMES)
+        rows = tokenize(split, tokenizer, 12)
+        return [entry["loss"] for entry in train.fit(model, rows, tokenizer, steps=8, lr=1e-3, batch_size=5, seed=seed)]
+
+    assert losses(1) == losses(1) != losses(2)
+
+
+def test_the_loops_learning_rate_is_transformers_schedule(plan, split, tokenizer):
+    log = train.fit(
+        models.load_classifier(plan, NAMES), tokenize(split, tokenizer, 12), tokenizer, steps=20, lr=1.0e-3, warmup=0.2
+    )
+    rates = [entry["lr"] for entry in log]
+    assert rates[0] == 0 and max(rates) == pytest.approx(1e-3)
+    assert rates[12] == pytest.approx(0.5e-3, rel=1e-6)  # halfway between step 4 and step 20
+
+
+def test_a_first_step_of_the_loop_equals_adamw_by_hand(plan, split, tokenizer):
+    rows = tokenize(split, tokenizer, 12).select(range(8))
+    mine, theirs = (models.load_classifier(plan, NAMES, seed=5) for _ in range(2))
+    for model in (mine, theirs):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    train.fit(mine, rows, tokenizer, steps=1, lr=1e-3, batch_size=8, warmup=0.0)
+    optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-3, weight_decay=0.01)
+    theirs.train()
+    theirs(**DataCollatorWithPadding(tokenizer)([rows[i] for i in range(8)])).loss.backward()
+    torch.nn.utils.clip_grad_norm_(theirs.parameters(), 1.0)
+    optimizer.step()
+    for one, other in zip(mine.parameters(), theirs.parameters(), strict=True):
+        assert torch.allclose(one, other, atol=2e-4)
+
+
+def test_a_loss_that_is_no_number_stops_the_loop_with_advice(plan, split, tokenizer):
+    model = models.load_classifier(plan, NAMES)
+    with torch.no_grad():
+        model.classifier.weight.fill_(math.nan)
+    with pytest.raises(TrainingError, match="lower learning rate"):
+        train.fit(model, tokenize(split, tokenizer, 12), tokenizer, steps=3, lr=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("machine", "bf16", "fp16"), [("laptop", False, False), ("T4", False, True), ("A100", True, False)]
+)
+def test_trainers_precision_follows_the_device(plan, tmp_path, machine, bf16, fp16, monkeypatch):
+    from course_lib.hardware import pick_dtype
+
+    given = {}
+    monkeypatch.setattr("transformers.TrainingArguments", lambda **settings: given.update(settings))
+    train.training_arguments(
+        replace(plan, hardware=MACHINES[machine], dtype=pick_dtype(MACHINES[machine])[0]), tmp_path
+    )
+    assert (given["bf16"], given["fp16"], given["use_cpu"]) == (bf16, fp16, machine == "laptop")
+
+
+def test_training_arguments_are_transformers_own_and_can_be_changed(plan, tmp_path):
+    arguments = train.training_arguments(plan, tmp_path, learning_rate=1.0, num_train_epochs=7)
+    assert (arguments.learning_rate, arguments.num_train_epochs) == (1.0, 7)
+    assert arguments.warmup_steps == plan.warmup
+    assert arguments.report_to == []
+
+
+def test_probabilities_come_back_in_the_rows_order(plan, split, tokenizer):
+    model = models.load_classifier(plan, NAMES)
+    together = evaluation.predict(model, split, tokenizer, batch_size=5)
+    alone = np.concatenate([evaluation.predict(model, split.select([row]), tokenizer) for row in range(len(split))])
+    assert together.shape == (24, 2)
+    assert np.allclose(together, alone, atol=1e-6)
+    assert np.allclose(together.sum(axis=1), 1)
+
+
+def test_scores_by_hand():
+    probabilities = np.array([[0.9, 0.1], [0.8, 0.2], [0.3, 0.7], [0.6, 0.4]])
+    found = evaluation.scores(probabilities, [0, 0, 1, 1])
+    # Called: 0 0 1 0. F1 of class 0 is 2*2/(3+2), of class 1 is 2*1/(1+2).
+    assert found["accuracy"] == 0.75
+    assert found["macro_f1"] == pytest.approx((4 / 5 + 2 / 3) / 2)
+
+
+def test_wilsons_interval_by_hand_and_at_the_edges():
+    low, high = evaluation.accuracy_interval(0.5, 100)
+    assert (round(low, 4), round(high, 4)) == (0.4038, 0.5962)
+    assert evaluation.accuracy_interval(1.0, 10)[1] == pytest.approx(1.0)
+    assert evaluation.accuracy_interval(0.0, 10)[0] == pytest.approx(0.0, abs=1e-12)
+    assert evaluation.accuracy_interval(0.9, 50)[0] < evaluation.accuracy_interval(0.9, 5000)[0]
+
+
+def test_weight_changes_are_told_by_part_and_by_size(plan):
+    model = models.load_classifier(plan, NAMES)
+    before = evaluation.snapshot(model)
+    with torch.no_grad():
+        for weight in model.bert.encoder.layer[1].parameters():
+            weight.mul_(1.5)
+        model.classifier.weight.mul_(2.0)
+        model.classifier.bias.mul_(2.0)
+    changes = evaluation.weight_changes(before, model).set_index("part")["relative change"]
+    assert list(changes.index) == ["embeddings", "layer 1", "layer 2", "pooler", "head"]
+    assert changes["layer 2"] == pytest.approx(0.5, rel=1e-4)
+    assert changes["head"] == pytest.approx(1.0, rel=1e-4)
+    assert changes["layer 1"] == changes["embeddings"] == 0
+
+
+def test_a_run_that_changed_nothing_or_broke_the_weights_fails_loudly(plan):
+    model = models.load_classifier(plan, NAMES)
+    before = evaluation.snapshot(model)
+    with pytest.raises(TrainingError, match="no weight changed"):
+        evaluation.weight_changes(before, model)
+    with torch.no_grad():
+        model.classifier.weight[0, 0] = math.nan
+    with pytest.raises(TrainingError, match="not numbers"):
+        evaluation.weight_changes(before, model)
+
+
+def test_changes_of_mind_are_the_largest_gains_then_the_largest_losses(split):
+    few = split.select(range(4))  # labels 1 0 1 0
+    before = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.5, 0.5]])
+    after = np.array([[0.1, 0.9], [0.2, 0.8], [0.4, 0.6], [0.1, 0.9]])
+    frame = evaluation.changes_of_mind(few, before, after, NAMES, count=4)
+    assert frame.iloc[0]["text"] == "the film good ." and frame.iloc[0]["p after"] == 0.9
+    assert list(frame["p after"] - frame["p before"]) == sorted(frame["p after"] - frame["p before"], reverse=True)
+    assert frame.iloc[-1]["text"] == "the film bad ." and frame.iloc[-1]["answer after"] == "good"
