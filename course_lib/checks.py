@@ -86,7 +86,8 @@ def record(name: str, value: Any) -> None:
     data = {"lesson": _state["lesson"], "version": _state["version"], "name": name, "value": value}
     shown = f"{value:.3f}" if isinstance(value, float) else str(value)
     text = f"recorded: {name} = {shown}"
-    _display({RECORD_MIME: data, "text/plain": text, "text/html": _card("#888888", html.escape(text))})
+    small = f"<small style='color:#767676'>{html.escape(text)}</small>"
+    _display({RECORD_MIME: data, "text/plain": text, "text/html": small})
 
 
 def report() -> None:

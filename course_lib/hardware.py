@@ -142,7 +142,8 @@ def versions() -> dict[str, str]:
 def quiet_libraries() -> None:
     """Silence other libraries' loggers, progress bars and the warnings a student cannot act on."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger("torch").setLevel(logging.ERROR)
+    for name in ("torch", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     import datasets

@@ -113,7 +113,7 @@ def training(history: list[dict], *, axes=None):
 def histogram(groups: dict[str, np.ndarray], *, xlabel: str, ylabel: str = "items", limit: float | None = None):
     """Draw overlaid histograms of lengths or scores, with a dashed line at a limit; return the Axes. (Week 6, lesson 1.)"""
     ax = new_axes()
-    edges = np.histogram_bin_edges(np.concatenate([np.asarray(values) for values in groups.values()]), bins=30)
+    edges = np.histogram_bin_edges(np.concatenate([np.asarray(values) for values in groups.values()]), bins=15)
     for number, (name, values) in enumerate(groups.items()):
         ax.hist(
             values,

@@ -117,14 +117,16 @@ def make_plan(
     *,
     task: str = "",
     model: str = "",
+    data_dir: str = "",
     hardware: Hardware | None = None,
     **changes,
 ) -> Plan:
     """Return the plan of a lesson on this machine; nothing is downloaded. (Week 6, lesson 1.)
 
-    ``task`` and ``model`` default to the lesson's own; ``model`` may be a bundled miniature, a folder or a Hub id. Other
-    keywords replace settings, as in ``train_rows=512``. What does not fit the device's free memory is cut: first the batch
-    (gradients are accumulated, so the steps stay the same), then the model.
+    ``task`` and ``model`` default to the lesson's own, ``data_dir`` is a folder of one's own; ``model`` may be a bundled
+    miniature, a folder or a Hub id. Other keywords replace settings, as in ``train_rows=512``. What does not fit
+    the device's free memory is cut: first the batch (gradients are accumulated, so the steps stay the same), then the
+    model.
 
     Raises ProfileError for an unknown lesson, profile, task or setting.
     """
@@ -132,7 +134,7 @@ def make_plan(
     why = "asked for"
     if profile == "auto":
         profile, why = choose_profile(hardware)
-    settings = lesson_settings(lesson, profile, task)
+    settings = lesson_settings(lesson, profile, task, own_data=bool(data_dir))
     if unknown := set(changes) - set(settings):
         raise ProfileError(
             f"{lesson} has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(settings))}"
@@ -187,8 +189,11 @@ def _needed(shape, batch_size, settings, hardware, dtype) -> TrainingMemory:
     )
 
 
-def lesson_settings(lesson: str, profile: str, task: str = "") -> dict[str, Any]:
-    """Return a lesson's settings for a profile and task, as profiles.toml has them. Raises ProfileError."""
+def lesson_settings(lesson: str, profile: str, task: str = "", *, own_data: bool = False) -> dict[str, Any]:
+    """Return a lesson's settings for a profile and task, as profiles.toml has them. Raises ProfileError.
+
+    With ``own_data`` the profile's table "folder" comes last: rows from a folder that the student names.
+    """
     lessons = {name: table for name, table in _table().items() if name.startswith("week")}
     if lesson not in lessons:
         raise ProfileError(f"unknown lesson {lesson!r}; choose one of {', '.join(lessons)}")
@@ -200,7 +205,7 @@ def lesson_settings(lesson: str, profile: str, task: str = "") -> dict[str, Any]
         raise ProfileError(f"unknown task {task!r}; {lesson} has {', '.join(shared['tasks'])}")
     plain = {name: value for name, value in own.items() if not isinstance(value, dict)}
     chosen = {"task": task, "num_labels": shared["num_labels"][task], "smaller_model": shared["smaller_model"]}
-    return plain | own.get(task, {}) | chosen
+    return plain | own.get(task, {}) | (own.get("folder", {}) if own_data else {}) | chosen
 
 
 def model_folder(model: str) -> Path | None:

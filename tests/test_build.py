@@ -57,7 +57,9 @@ def test_building_twice_gives_the_same_bytes(course):
 
 
 def test_the_committed_notebooks_are_what_the_lessons_give_also_in_another_process():
-    done = subprocess.run([sys.executable, "-m", "tools.build", "--check"], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.build", "--check"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -100,7 +102,11 @@ def test_stale_orphaned_and_executed_notebooks_are_named(course, capsys):
 
 def test_a_solution_at_the_top_level_becomes_an_answer_to_fill_in():
     source = '# Exercise 1.2\n### BEGIN SOLUTION\nanswer = """long\ntext"""\nother = 3\n### END SOLUTION'
-    assert stubbed(source).splitlines() == ["# Exercise 1.2", "answer = ...  # your answer here", "other = ...  # your answer here"]
+    assert stubbed(source).splitlines() == [
+        "# Exercise 1.2",
+        "answer = ...  # your answer here",
+        "other = ...  # your answer here",
+    ]
     assert solved(source) == '# Exercise 1.2\nanswer = """long\ntext"""\nother = 3'
     assert solution_regions(source) == ['answer = """long\ntext"""\nother = 3']
 

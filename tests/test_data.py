@@ -139,7 +139,7 @@ def test_auto_takes_the_task_from_the_folders_name(tmp_path):
 
 def test_a_hub_that_cannot_be_reached_says_what_to_do():
     plan = make_plan(LESSON, "colab", hardware=MACHINES["T4"])
-    with pytest.raises(HubError, match="could not load fancyzhx/ag_news.*PROFILE = 'tiny'"):
+    with pytest.raises(HubError, match=r"could not load fancyzhx/ag_news.*PROFILE = 'tiny'"):
         load_task("ag_news", plan)  # HF_HUB_OFFLINE is set for all tests
 
 

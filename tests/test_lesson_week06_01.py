@@ -20,8 +20,14 @@ lesson = read_lesson(LESSONS / f"{LESSON}.py")
 WRONG = {
     "1.1": {
         "mean over everything": ("def mean_pooling(hidden, mask):\n    return hidden.mean(dim=1)", "padding changes"),
-        "sum without dividing": ("def mean_pooling(hidden, mask):\n    return (hidden * mask.unsqueeze(-1)).sum(1)", "divide"),
-        "divides by the length": ("def mean_pooling(hidden, mask):\n    return (hidden * mask.unsqueeze(-1)).mean(1)", "divisor"),
+        "sum without dividing": (
+            "def mean_pooling(hidden, mask):\n    return (hidden * mask.unsqueeze(-1)).sum(1)",
+            "divide",
+        ),
+        "divides by the length": (
+            "def mean_pooling(hidden, mask):\n    return (hidden * mask.unsqueeze(-1)).mean(1)",
+            "divisor",
+        ),
         "wrong dimension": ("def mean_pooling(hidden, mask):\n    return hidden.mean(dim=2)", "dim=1"),
         "one divisor for the batch": (
             "def mean_pooling(hidden, mask):\n    return (hidden * mask.unsqueeze(-1)).sum(1) / mask[0].sum()",

@@ -95,6 +95,23 @@ def test_every_profile_has_the_same_settings_for_every_task(profile, task):
     assert set(lesson_settings(LESSON, profile, task)) == set(lesson_settings(LESSON, "tiny", "ag_news"))
 
 
+def test_a_folder_of_ones_own_brings_its_own_numbers_of_rows():
+    bundled = make_plan(LESSON, "tiny", hardware=MACHINES["laptop"])
+    own = make_plan(LESSON, "tiny", hardware=MACHINES["laptop"], data_dir="somewhere")
+    assert own.train_rows > bundled.train_rows
+    assert own.lr == bundled.lr
+
+
+def test_tiny_plans_exactly_the_bundled_rows():
+    from course_lib.data import load_task
+
+    for task in ("ag_news", "imdb"):
+        plan = make_plan(LESSON, "tiny", task=task, hardware=MACHINES["laptop"])
+        loaded = load_task(task, plan)
+        rows = (len(loaded.train), len(loaded.validation), len(loaded.test))
+        assert rows == (plan.train_rows, plan.validation_rows, plan.test_rows)
+
+
 def test_a_folder_that_is_no_encoder_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
     with pytest.raises(ProfileError, match="not a BERT-like encoder"):

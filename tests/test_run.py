@@ -21,7 +21,9 @@ PARAMETERS = new_code_cell('PROFILE = "auto"\nSEED = 0', metadata={"tags": ["par
 
 
 def notebook(*sources: str):
-    return new_notebook(cells=[new_markdown_cell("# A title"), PARAMETERS, *(new_code_cell(source) for source in sources)])
+    return new_notebook(
+        cells=[new_markdown_cell("# A title"), PARAMETERS, *(new_code_cell(source) for source in sources)]
+    )
 
 
 @pytest.fixture
@@ -46,11 +48,15 @@ def go(*jobs, limit=60, force=False, workers=1):
 
 
 def kernels() -> set[int]:
-    return {p.pid for p in psutil.process_iter(["cmdline"]) if "ipykernel_launcher" in " ".join(p.info["cmdline"] or [])}
+    return {
+        p.pid for p in psutil.process_iter(["cmdline"]) if "ipykernel_launcher" in " ".join(p.info["cmdline"] or [])
+    }
 
 
 def test_a_run_gives_values_times_memory_and_pages(job):
-    record = "from course_lib.checks import record\nrecord('before', 0.25)\nrecord('after', 0.875)\nprint(PROFILE, SEED)"
+    record = (
+        "from course_lib.checks import record\nrecord('before', 0.25)\nrecord('after', 0.875)\nprint(PROFILE, SEED)"
+    )
     one = job("import time; time.sleep(0.6)  # slow", record, SEED=7)
     (result,) = go(one)
     assert (result.status, result.values) == ("ok", {"before": 0.25, "after": 0.875})
@@ -122,7 +128,9 @@ def test_tiny_runs_without_the_hub_and_shows_static_twins(job):
 def test_ctrl_c_leaves_no_kernel_behind(tmp_path):
     before = kernels()
     command = [sys.executable, "-m", "tools.run", "--out", str(tmp_path), "--force"]
-    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    child = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
     deadline = time.monotonic() + 60
     while not (kernels() - before) and time.monotonic() < deadline:
         time.sleep(0.2)
@@ -151,7 +159,14 @@ def test_a_wrong_command_says_what_is_right_and_runs_nothing(tmp_path, capsys, a
 
 
 def test_parameters_keep_their_kind():
-    assert [run._typed(text) for text in ("3", "0.5", "True", "false", "../data", "a=b")] == [3, 0.5, True, False, "../data", "a=b"]
+    assert [run._typed(text) for text in ("3", "0.5", "True", "false", "../data", "a=b")] == [
+        3,
+        0.5,
+        True,
+        False,
+        "../data",
+        "a=b",
+    ]
 
 
 def test_a_variant_gets_a_file_of_its_own(tmp_path):
@@ -164,7 +179,9 @@ def test_a_variant_gets_a_file_of_its_own(tmp_path):
 def test_a_page_asks_nothing_of_the_network_and_shows_formulas(tmp_path):
     badge = "[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://example.org)"
     content = notebook("1 + 1")
-    content.cells.append(new_markdown_cell(f"{badge}\n\nA formula: $a_1 < b$ and `$HOME` costs $5, not $6.\n\n$$\\frac{{1}}{{2}}$$"))
+    content.cells.append(
+        new_markdown_cell(f"{badge}\n\nA formula: $a_1 < b$ and `$HOME` costs $5, not $6.\n\n$$\\frac{{1}}{{2}}$$")
+    )
     nbformat.write(content, tmp_path / "x.ipynb")
     pages.write_page(tmp_path / "x.ipynb", tmp_path / "x.html")
     page = (tmp_path / "x.html").read_text()

@@ -42,7 +42,8 @@ def main() -> int:
     times: dict[str, list[float]] = {"bare nbclient": [], "tools.execute": []}
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "in.ipynb"
-        nbformat.write(new_notebook(cells=cells), source)
+        kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+        nbformat.write(new_notebook(cells=cells, metadata={"kernelspec": kernel}), source)
         for _ in range(options.rounds + 1):
             start = time.perf_counter()
             bare(source, Path(folder) / "bare.ipynb")

@@ -39,10 +39,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+REPOSITORY = "{repository}"
 if importlib.util.find_spec("course_lib") is None:
-    course = next((p for p in Path.cwd().resolve().parents if (p / "course_lib").is_dir()), Path("{folder}").resolve())
+    above = (folder for folder in Path.cwd().resolve().parents if (folder / "course_lib").is_dir())
+    course = next(above, Path("{folder}").resolve())
     if not course.is_dir():
-        subprocess.run(["git", "clone", "--quiet", "--depth", "1", "{repository}", str(course)], check=True)
+        subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, str(course)], check=True)
     sys.path.insert(0, str(course))
 
 from course_lib import checks
@@ -189,7 +191,9 @@ def main(arguments: list[str] | None = None) -> int:
     problems, wanted = [], {}
     for lesson in order:
         found = problems_of(lesson)
-        texts = {} if found else {solution: build_notebook(lesson, order, solution=solution) for solution in (False, True)}
+        texts = (
+            {} if found else {solution: build_notebook(lesson, order, solution=solution) for solution in (False, True)}
+        )
         found += leaked_solutions(lesson, texts[False]) if texts else []
         problems += [f"lessons/{lesson.name}.py: {problem}" for problem in found]
         # A lesson with problems is not built: its notebooks stay as they are.

@@ -69,6 +69,7 @@ def execute(
             parameters=parameters,
             engine_name="keeping",
             kernel_name="python3",
+            language="python",
             cwd=cwd,
             progress_bar=False,
             request_save_on_cell_execute=False,  # papermill writes the file twice a cell otherwise

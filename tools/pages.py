@@ -33,7 +33,6 @@ def write_page(notebook: Path, page: Path) -> None:
         mermaid_js_url="",
         widget_renderer_url="",
         jupyter_widgets_base_url="",
-        embed_images=True,
     )
     title = next((cell.source for cell in content.cells if cell.source.startswith("# ")), "# Notebook").splitlines()[0][
         2:

@@ -349,7 +349,7 @@ def _fingerprint(job: Job) -> str:
         if path.is_file() and path.relative_to(ROOT / "data").parts[0] != "build"
     ]
     for path in sorted(files):
-        digest.update(f"{path.relative_to(ROOT)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
+        digest.update(f"{os.path.relpath(path, ROOT)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
     for value in job.parameters.values():  # a folder the student named
         folder = Path(str(value)) if str(value) else Path("/nonexistent")
         for path in sorted(folder.rglob("*")) if folder.is_dir() else []:

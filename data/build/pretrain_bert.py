@@ -151,9 +151,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=12000)
-    parser.add_argument(
-        "--init", type=float, default=0.03
-    )
+    parser.add_argument("--init", type=float, default=0.03)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
 

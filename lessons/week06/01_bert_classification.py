@@ -63,7 +63,7 @@ from course_lib.profiles import make_plan, run_folder
 
 LESSON = "week06/01_bert_classification"
 quiet_libraries()
-plan = make_plan(LESSON, PROFILE, task=task_for(TASK, DATA_DIR), model=MODEL)
+plan = make_plan(LESSON, PROFILE, task=task_for(TASK, DATA_DIR), model=MODEL, data_dir=DATA_DIR)
 record("profile", plan.profile)
 record("device", plan.hardware.name)
 plan
@@ -130,7 +130,7 @@ from course_lib.models import load_tokenizer
 
 tokenizer = load_tokenizer(plan)
 sentences = ["The goalkeeper saved a penalty.", "The microbiologist photographed extremophiles."]
-[tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"]) for text in sentences]
+[" ".join(tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])) for text in sentences]
 
 # %% [markdown]
 # Nothing is ever unknown: what the vocabulary lacks is spelt from smaller pieces. A model reads at most so many of them, so how long are
@@ -143,7 +143,7 @@ from course_lib.data import tokenize
 lengths = {name: [] for name in names}
 for row in task.train.select(range(min(1000, len(task.train)))):
     lengths[names[row["label"]]].append(len(tokenizer(row["text"])["input_ids"]))
-plots.histogram(lengths, xlabel="length in tokens", limit=plan.max_length)
+ax = plots.histogram(lengths, xlabel="length in tokens", limit=plan.max_length)
 # %% [markdown]
 # What lies right of the dotted line is cut off at the end (*truncation*). If that were much, a longer limit would pay for itself.
 
@@ -178,7 +178,7 @@ scores(before, labels)
 from sklearn.metrics import confusion_matrix
 
 counts_before = confusion_matrix(labels, before.argmax(axis=1), labels=range(len(names)))
-plots.confusion({"before": counts_before}, names)
+axes = plots.confusion({"before": counts_before}, names)
 # %% [markdown]
 # A vertical stripe means that it calls nearly everything by the same name. So the model knows nothing? Ask it in the way it was trained: hide
 # a word and let it fill the blank. The same body, with the head it was pretrained with:
@@ -236,10 +236,8 @@ shown
 # token and 0 for padding.
 #
 # <details><summary>Hint</summary>
-#
-# Multiply by the mask to silence padding, sum over the length, and divide by the number of *real* tokens. The mask needs a third
-# dimension: `mask.unsqueeze(-1)`.
-#
+# Multiply by the mask to silence padding, sum over the length, and divide by the number of <i>real</i> tokens. The mask
+# needs a third dimension: <code>mask.unsqueeze(-1)</code>.
 # </details>
 
 
@@ -318,7 +316,7 @@ for _ in range(plan.steps):
     rates.append(schedule.get_last_lr()[0])
     dummy.step()
     schedule.step()
-plots.lines(
+ax = plots.lines(
     {"rate": (range(plan.steps), rates)},
     xlabel="step",
     ylabel="learning rate",
@@ -336,9 +334,7 @@ plots.lines(
 # as one, and so does a last, shorter accumulation; warm-up steps are rounded up, as Trainer does.
 #
 # <details><summary>Hint</summary>
-#
-# `math.ceil`, three times: batches an epoch, steps an epoch, warm-up steps.
-#
+# <code>math.ceil</code>, three times: batches an epoch, steps an epoch, warm-up steps.
 # </details>
 
 # %%
@@ -397,9 +393,8 @@ publish([list(count_steps(*run)) for run in runs])
 # $$\eta(t) = \frac{\eta_{\max}}{2} \left(1 + \cos\left(\pi \frac{t - w}{T - w}\right)\right)$$
 #
 # <details><summary>Hint</summary>
-#
-# Two cases. In the second, how far along is the step between `warmup` and `total`, as a number from 0 to 1? Call it progress.
-#
+# Two cases. In the second, how far along is the step between <code>warmup</code> and <code>total</code>, as a number
+# from 0 to 1? Call it progress.
 # </details>
 
 
@@ -561,7 +556,7 @@ pd.DataFrame(
 # %% tags=["preview"]
 after = predict(model, task.test, tokenizer, max_length=plan.max_length)
 counts_after = confusion_matrix(labels, after.argmax(axis=1), labels=range(len(names)))
-plots.confusion({"before": counts_before, "after": counts_after}, names)
+axes = plots.confusion({"before": counts_before, "after": counts_after}, names)
 # %%
 result = pd.DataFrame({"before": scores(before, labels), "after": scores(after, labels)})
 result["change"] = result["after"] - result["before"]
@@ -585,10 +580,8 @@ f"accuracy after: {result.loc['accuracy', 'after']:.3f} on {len(labels)} items, 
 # class with no hits at all has F1 = 0.
 #
 # <details><summary>Hint</summary>
-#
 # The diagonal holds the hits. Column sums are how often each class was predicted, row sums how often it was true; and
 # F1 = 2 · hits / (column sum + row sum).
-#
 # </details>
 
 
@@ -651,10 +644,8 @@ publish([list(accuracy_and_macro_f1(np.array(matrix))) for matrix in matrices])
 # names.
 #
 # <details><summary>Hint</summary>
-#
-# Recall of a class is its diagonal count over its row's sum. For the pair, put zeros on a *copy* of the diagonal and look for
-# the largest entry: `np.unravel_index(matrix.argmax(), matrix.shape)`.
-#
+# Recall of a class is its diagonal count over its row's sum. For the pair, put zeros on a <i>copy</i> of the diagonal
+# and look for the largest entry: <code>np.unravel_index(matrix.argmax(), matrix.shape)</code>.
 # </details>
 
 
@@ -740,7 +731,7 @@ pd.DataFrame(rows, columns=["items", "count", "accuracy before", "accuracy after
 
 # %%
 moved = weight_changes(weights_before, model)  # raises where nothing moved
-plots.bars(
+ax = plots.bars(
     dict(zip(moved["part"], moved["relative change"])),
     ylabel="change / size before",
     xlabel="part of the model",
@@ -816,7 +807,7 @@ ax = plots.lines(
     log_x=True,
     markers=True,
 )
-ax.set_ylim(0, 1)
+_ = ax.set_ylim(0, 1)
 
 # %% [markdown]
 # Read the chart *sideways*: draw a horizontal line from the pretrained curve to the other. Its length is the number of labelled examples that
@@ -831,10 +822,9 @@ ax.set_ylim(0, 1)
 # pooler get `lr`; the top layer `lr * decay`; the layer below it `lr * decay ** 2`, and so on; the embeddings come below layer 0.
 #
 # <details><summary>Hint</summary>
-#
-# Names look like `bert.encoder.layer.3.attention.self.query.weight`. The number after `.layer.` tells the depth:
-# the power is `num_layers - number` for a layer and `num_layers + 1` for the embeddings.
-#
+# Names look like <code>bert.encoder.layer.3.attention.self.query.weight</code>. The number after <code>.layer.</code>
+# tells the depth: the power is <code>num_layers - number</code> for a layer and <code>num_layers + 1</code> for the
+# embeddings.
 # </details>
 
 
@@ -1000,21 +990,21 @@ for lr in sweep:
 
 # %%
 axes = plots.new_axes(2, width=9.5, height=3.4)
-plots.lines(
+ax = plots.lines(
     curves,
     xlabel="step",
     ylabel="training loss, smoothed",
     title="Loss by learning rate",
     ax=axes[0],
 )
-plots.bars(
+ax = plots.bars(
     reached,
     ylabel="validation accuracy",
     xlabel="learning rate",
     title="Where it got to",
     ax=axes[1],
 )
-axes[1].set_ylim(0, 1)
+_ = axes[1].set_ylim(0, 1)
 # %% [markdown]
 # Too low, and in the same number of steps hardly anything happens; too high, and it never settles. Where the good range lies depends on the model: a
 # miniature of 3 million parameters wants a rate more than ten times that of BERT-base. So a recommended rate travels with its model's size, and a sweep of three
