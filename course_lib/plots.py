@@ -70,6 +70,9 @@ def lines(
             ax.plot(x, y, **style)
     if log_x:
         ax.set_xscale("log")
+        ticks = sorted({value for x, *_ in series.values() for value in x})
+        ax.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        ax.minorticks_off()
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
     if len(series) > 1:
         ax.legend(frameon=False, fontsize=9)

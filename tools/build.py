@@ -85,7 +85,7 @@ def build_notebook(lesson: Lesson, order: list[Lesson], *, solution: bool) -> st
     for make, source, tags in cells:
         seen[source] = seen.get(source, 0) + 1
         digest = hashlib.sha256(f"{lesson.name}\n{source}\n{seen[source]}".encode()).hexdigest()[:12]
-        built.append(make(source, id=digest, metadata={"tags": list(tags)} if tags else {}))
+        built.append(make(source, id=digest, metadata=_metadata(source, tags)))
     notebook = new_notebook(
         cells=built,
         metadata={
@@ -98,6 +98,13 @@ def build_notebook(lesson: Lesson, order: list[Lesson], *, solution: bool) -> st
     )
     nbformat.validate(notebook)
     return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def _metadata(source: str, tags: tuple[str, ...]) -> dict:
+    metadata = {"tags": list(tags)} if tags else {}
+    if source.startswith("# Check "):  # folded, in JupyterLab and in Colab: it holds the answers to compare with
+        metadata |= {"cellView": "form", "jupyter": {"source_hidden": True}}
+    return metadata
 
 
 def _navigation(lesson: Lesson, order: list[Lesson], solution: bool) -> str:

