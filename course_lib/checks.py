@@ -17,12 +17,17 @@ CHECK_MIME = "application/vnd.course.check+json"
 RECORD_MIME = "application/vnd.course.record+json"
 COLOURS = {"passed": "#009E73", "not yet": "#D55E00", "not attempted": "#666666", "for your instructor": "#0072B2"}
 
-_state: dict[str, Any] = {"lesson": "", "version": "", "results": {}, "values": {}, "sequence": 0}
+_state: dict[str, Any] = {"lesson": "", "version": "", "results": {}, "values": {}, "sequence": 0, "exercises": {}}
 
 
-def begin(lesson: str, version: str) -> None:
-    """Start a notebook's records afresh; the set-up cell that tools/build inserts calls it."""
-    _state.update(lesson=lesson, version=version, results={}, values={}, sequence=0)
+def begin(lesson: str, version: str, exercises: dict[str, int] | None = None) -> None:
+    """Start a notebook's records; the set-up cell that tools/build inserts calls it.
+
+    ``exercises`` maps each exercise to its points, so that `report` also lists what was never checked.
+    """
+    if (lesson, version) != (_state["lesson"], _state["version"]):  # running the set-up again loses nothing
+        _state.update(lesson=lesson, version=version, results={}, values={}, sequence=0)
+    _state["exercises"] = exercises or {}
 
 
 class check:  # noqa: N801 - used as `with check("1.1", points=2):`
@@ -45,13 +50,19 @@ class check:  # noqa: N801 - used as `with check("1.1", points=2):`
                 "not attempted",
                 "Replace the marked lines of the exercise, run it, then run this cell again.",
             )
-        elif isinstance(error, NameError) and getattr(error, "name", None):
-            status, message = "not attempted", f"There is no {error.name!r} yet: run the exercise's own cell first."
+        elif isinstance(error, NameError) and trace.tb_next is None:  # raised in the check cell itself
+            status = "not attempted"
+            message = f"There is no {error.name!r} here yet: run the exercise's cell, and the cells above it, first."
+        elif isinstance(error, NameError):
+            status = "not yet"
+            message = f"Your code uses the name {error.name!r}, which is defined nowhere: a typing mistake, or another argument's name?"
         elif isinstance(error, AssertionError):
             status, message = "not yet", str(error) or f"This does not hold: {_source_line(error)}"
         elif error is not None:
             status = "not yet"
             message = f"Your code stopped with {type(error).__name__}: {error} (at: {_source_line(error)})"
+            if "NoneType" in str(error):
+                message = f"Your function returns None: is a `return` missing? ({error})"
         else:
             status, message = "passed", ""
         _publish_check(self.name, self.points, status, message)
@@ -65,8 +76,12 @@ def _raise(name: str, message: str) -> bool:
 
 
 def _source_line(error: BaseException) -> str:
-    lines = [frame.line for frame in traceback.extract_tb(error.__traceback__) if frame.line]
-    return lines[-1] if lines else "an unknown line"
+    """Return the last line of the student's own that the error passed through, not one of a library's."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.line]
+    own = [
+        frame.line for frame in frames if "site-packages" not in frame.filename and "/lib/python" not in frame.filename
+    ]
+    return own[-1] if own else "an unknown line"
 
 
 def open_question(name: str, answer: str, points: int = 1) -> None:
@@ -75,7 +90,9 @@ def open_question(name: str, answer: str, points: int = 1) -> None:
     if attempted:
         message = f"Kept: {len(answer.split())} words, for your instructor to read."
     else:
-        message = "Write a few sentences between the quotes, run the cell, then this one."
+        message = (
+            "Put your text, some sentences, in place of the dots, between triple quotes; run that cell, then this one."
+        )
     extra = {"answer": answer[:4000]} if attempted else {}
     _publish_check(name, points, "for your instructor" if attempted else "not attempted", message, extra)
 
@@ -92,20 +109,29 @@ def record(name: str, value: Any) -> None:
 
 def report() -> None:
     """Show all checks of this notebook with points, open questions last. (Week 6, lesson 1.)"""
+    missing = {
+        name: {"exercise": name, "status": "not attempted", "earned": 0, "points": points}
+        for name, points in _state["exercises"].items()
+    }
+    results = sorted(
+        (missing | _state["results"]).values(),
+        key=lambda result: (
+            result["status"] == "for your instructor",
+            [int(part) for part in result["exercise"].split(".")],
+        ),
+    )
     rows, got, possible = [], 0, 0
-    for result in sorted(_state["results"].values(), key=lambda result: result["exercise"]):
+    for result in results:
         status, points = result["status"], result["points"]
         graded = status != "for your instructor"
         got += result["earned"]
         possible += points if graded else 0
         shown = f"{result['earned']} of {points}" if graded else f"up to {points}"
-        colour = f"color:{COLOURS[status]};text-align:left"
-        rows.append(
-            f"<tr><td>{html.escape(result['exercise'])}</td><td style='{colour}'>{status}</td><td>{shown}</td></tr>"
-        )
+        cell = f"<td style='color:{COLOURS[status]};text-align:left'>{status}</td>"
+        rows.append(f"<tr><td>{html.escape(result['exercise'])}</td>{cell}<td>{shown}</td></tr>")
     head = "<tr><th>exercise</th><th style='text-align:left'>result</th><th>points</th></tr>"
     total = f"{got} of {possible} points from checks"
-    data = {**_identity(), "earned": got, "possible": possible, "results": list(_state["results"].values())}
+    data = {**_identity(), "earned": got, "possible": possible, "results": results}
     page = f"<table>{head}{''.join(rows)}</table><p><b>{total}</b></p>"
     _display({"application/vnd.course.report+json": data, "text/plain": total, "text/html": page})
 

@@ -9,6 +9,8 @@ import csv
 import gzip
 import html
 import json
+import zlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ LABELS = {
 HUB_IDS = {"ag_news": "fancyzhx/ag_news", "imdb": "stanfordnlp/imdb"}
 BUNDLED = {"ag_news": "news", "imdb": "reviews"}
 SPLITS = ("train", "validation", "test")
+MIN_ROWS = 10  # of each class, in the train split
 
 
 @dataclass(frozen=True)
@@ -66,23 +69,25 @@ def load_task(task: str, plan: Plan, data_dir: str = "") -> Task:
         source, splits = f"this course's own data/{BUNDLED[task]}", _load_folder(folder, LABELS[task])
     else:
         source, splits = f"the Hub's {HUB_IDS[task]}", _load_hub(HUB_IDS[task], LABELS[task])
+    _require_all_classes(splits["train"], task, source)
     if "validation" not in splits:
-        halves = splits["train"].train_test_split(
-            test_size=min(plan.validation_rows, len(splits["train"]) // 5), seed=0, stratify_by_column="label"
-        )
+        size = max(len(LABELS[task]), min(plan.validation_rows, len(splits["train"]) // 5))
+        halves = splits["train"].train_test_split(test_size=size, seed=0, stratify_by_column="label")
         splits = {**splits, "train": halves["train"], "validation": halves["test"]}
-    found = sorted(set(splits["train"]["label"]))
-    if len(found) < len(LABELS[task]):
-        there, missing = (
-            [LABELS[task][number] for number in numbers]
-            for numbers in (found, set(range(len(LABELS[task]))) - set(found))
-        )
-        raise DataError(
-            f"{source} has training rows for {', '.join(there)} only and none for {', '.join(missing)}: is TASK = {task!r} the right task "
-            f"for it? The others are {', '.join(name for name in LABELS if name != task)}"
-        )
     rows = {"train": plan.train_rows, "validation": plan.validation_rows, "test": plan.test_rows}
     return Task(task, LABELS[task], source, **{split: _cut(splits[split], rows[split]) for split in SPLITS})
+
+
+def _require_all_classes(train, task: str, source: str) -> None:
+    """Raise DataError where a class has too few rows to train, validate and compare on."""
+    counts = Counter(train["label"])
+    few = {name: counts[number] for number, name in enumerate(LABELS[task]) if counts[number] < MIN_ROWS}
+    if not few:
+        return
+    others = ", ".join(name for name in LABELS if name != task)
+    told = ", ".join(f"{count} for {name}" for name, count in few.items())
+    hint = f"; is TASK = {task!r} the right task for it? The others are {others}" if 0 in few.values() else ""
+    raise DataError(f"{source} has too few training rows: {told}, and at least {MIN_ROWS} a class are needed{hint}")
 
 
 def _cut(split, rows: int):
@@ -139,11 +144,16 @@ def _load_hub(hub_id: str, names: list[str]) -> dict:
 
 def _normalise(split, names: list[str], where: str):
     """Return a loaded split with this course's three columns. Raises DataError as `read_csv` does."""
+    from datasets import ClassLabel
+
     if missing := {"text", "label"} - set(split.column_names):
         raise DataError(f"{where}: no column {', '.join(sorted(missing))}; it has {', '.join(split.column_names)}")
     if len(split) == 0:
         raise DataError(f"{where}: no rows")
-    labels = [_label_id(label, names, f"{where}, row {row}") for row, label in enumerate(split["label"])]
+    feature, given = split.features["label"], split["label"]
+    if isinstance(feature, ClassLabel) and not all(name.isdecimal() for name in feature.names):
+        given = [feature.int2str(label) for label in given]  # its own order of names may be another
+    labels = [_label_id(label, names, f"{where}, row {row}") for row, label in enumerate(given)]
     hard = split["hard"] if "hard" in split.column_names else [None] * len(labels)
     return _as_dataset(list(split["text"]), labels, list(hard), names)
 
@@ -167,7 +177,7 @@ def read_csv(path: Path, names: list[str]):
         raise DataError(
             f"{path} is not UTF-8 (byte {error.start}: {error.reason}); save it again with that encoding"
         ) from error
-    except (csv.Error, EOFError, gzip.BadGzipFile) as error:
+    except (csv.Error, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{path} is not a readable CSV file: {error}") from error
     if not texts:
         raise DataError(f"{path} has no rows below its header; is it the right file?")
@@ -188,7 +198,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, dict]]:
 
 def _label_id(label: object, names: list[str], where: str) -> int:
     text = str(label).strip()
-    if text.isdigit() and int(text) < len(names):
+    if text.isdecimal() and int(text) < len(names):
         return int(text)
     for number, name in enumerate(names):
         if text.lower() == name.lower():

@@ -97,7 +97,7 @@ def _part_of(name: str) -> str:
 def changes_of_mind(split, before: np.ndarray, after: np.ndarray, names: list[str], count: int = 6):
     """Return a data frame of the items whose right class gained or lost most probability. (Week 6, lesson 1.)
 
-    Half of the rows are the largest gains, half the largest losses, or as many as there are.
+    First the largest gain in each class, then the largest losses, as many as fill ``count`` rows and are there.
     """
     import pandas as pd
 
@@ -105,8 +105,10 @@ def changes_of_mind(split, before: np.ndarray, after: np.ndarray, names: list[st
     rows = np.arange(len(labels))
     gain = after[rows, labels] - before[rows, labels]
     order = np.argsort(gain)
-    losses = [row for row in order[: count // 2] if gain[row] < 0]
-    chosen = list(order[::-1][: count - len(losses)]) + losses[::-1]
+    best = [max(rows[labels == label], key=lambda row: gain[row]) for label in np.unique(labels)]
+    gains = sorted((row for row in best if gain[row] > 0), key=lambda row: -gain[row])[:count]
+    losses = [row for row in order[: max(0, count - len(gains))] if gain[row] < 0]
+    chosen = [int(row) for row in gains + losses[::-1]]
     texts = split["text"]
     return pd.DataFrame(
         {

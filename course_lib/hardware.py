@@ -39,6 +39,7 @@ def detect() -> Hardware:
     has_bnb = importlib.util.find_spec("bitsandbytes") is not None
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
+        free += torch.cuda.memory_reserved()  # what this process holds in its cache is free to itself
         # The plain question counts emulation and answers yes on a T4.
         bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         return Hardware("cuda", torch.cuda.get_device_name(), total, free, cores, bf16, has_bnb)
@@ -62,7 +63,10 @@ def _host_memory() -> tuple[int, int]:
     free, total = memory.available, memory.total
     limit = Path("/sys/fs/cgroup/memory.max")
     if limit.exists() and (text := limit.read_text().strip()).isdigit() and int(text) < total:
-        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        stat = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text()) - int(
+            stat["inactive_file"]
+        )  # less the file cache
         free, total = min(free, int(text) - used), int(text)
     return free, total
 

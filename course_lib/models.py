@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from course_lib.errors import DiskFullError, HubError, ModelError, OutOfMemoryError
+from course_lib.errors import CourseError, DiskFullError, HubError, ModelError, OutOfMemoryError
 from course_lib.hardware import set_seed
 from course_lib.profiles import Plan, model_folder
 
@@ -23,7 +23,7 @@ def load_tokenizer(plan: Plan):
     """Return the tokenizer of the plan's model. Raises HubError or ModelError. (Week 6, lesson 1.)"""
     from transformers import AutoTokenizer
 
-    with explain_errors(plan.model):
+    with explain_errors(plan.model, hub=True):
         return AutoTokenizer.from_pretrained(_where(plan.model))
 
 
@@ -36,7 +36,7 @@ def load_classifier(plan: Plan, label_names: list[str], *, seed: int = 0, pretra
     import torch
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
-    with explain_errors(plan.model):
+    with explain_errors(plan.model, hub=True):
         config = AutoConfig.from_pretrained(
             _where(plan.model),
             num_labels=len(label_names),
@@ -64,7 +64,7 @@ def load_masked_lm(plan: Plan):
     import torch
     from transformers import AutoModelForMaskedLM
 
-    with explain_errors(plan.model):
+    with explain_errors(plan.model, hub=True):
         model, info = AutoModelForMaskedLM.from_pretrained(
             _where(plan.model), dtype=torch.float32, output_loading_info=True
         )
@@ -110,61 +110,66 @@ def save_model(model, tokenizer, folder: str | Path) -> Path:
     Raises DiskFullError where there is no room; then the folder is as it was before.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    partial = None
     try:
         with explain_errors(str(folder)):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+            partial.chmod(0o755)
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
+            old = partial.with_name(partial.name + "-old")
             if folder.exists():
-                old = folder.with_name(partial.name + "-old")
                 folder.replace(old)
+            try:
                 partial.replace(folder)
-                shutil.rmtree(old)
-            else:
-                partial.replace(folder)
+            except OSError:
+                if old.exists():
+                    old.replace(folder)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        if partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
 @contextmanager
-def explain_errors(what: str = "this step") -> Iterator[None]:
-    """Turn errors of the Hub, the disk and the accelerator into the library's own, with the remedy. (Week 6, lesson 1.)"""
-    import torch
+def explain_errors(what: str = "this step", *, hub: bool = False) -> Iterator[None]:
+    """Turn errors of the Hub, the disk and the accelerator into the library's own, with the remedy. (Week 6, lesson 1.)
 
+    ``what`` names the step or the thing in the message. With ``hub``, other operating-system errors are taken for a
+    model or data set that cannot be found or fetched.
+    """
     try:
         yield
-    except torch.cuda.OutOfMemoryError as error:
-        raise OutOfMemoryError(
-            f"the GPU ran out of memory in {what}. Restart the kernel to free what earlier runs hold; then make the plan with a "
-            "smaller batch_size or max_length, or choose a smaller MODEL"
-        ) from error
-    except OSError as error:
-        raise _explained(error, what) from error
-    except Exception as error:  # safetensors and tokenizers wrap the system's errors in their own
-        if "No space left" in str(error) or "os error 28" in str(error):
-            raise _disk_full(what) from error
+    except CourseError:
         raise
-
-
-def _explained(error: OSError, what: str) -> Exception:
-    if isinstance(error, (HubError, DiskFullError)):
-        return error
-    if error.errno == errno.ENOSPC or "No space left" in str(error):
-        return _disk_full(what)
-    if error.errno in (errno.EACCES, errno.EROFS, errno.ENOTDIR):
-        return error
-    return HubError(
-        f"could not load {what}: {str(error).splitlines()[0][:200]} Check the spelling and the connection and run the cell again "
-        "(finished downloads are kept), or set PROFILE = 'tiny', which needs no network"
-    )
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        if (
+            getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+            or "No space left" in text
+            or "os error 28" in text
+        ):
+            raise _disk_full(what) from error
+        if isinstance(error, RuntimeError) and "out of memory" in text:
+            raise OutOfMemoryError(
+                f"the accelerator ran out of memory in {what}. Restart the kernel to free what earlier runs hold; then make "
+                "the plan with a smaller batch_size or max_length, or choose a smaller MODEL"
+            ) from error
+        if hub and isinstance(error, OSError):
+            raise HubError(
+                f"could not load {what}: {text.splitlines()[0][:200]} Check the spelling and the connection and run the cell "
+                "again (finished downloads are kept), or set PROFILE = 'tiny', which needs no network"
+            ) from error
+        raise
 
 
 def _disk_full(what: str) -> DiskFullError:
     free = shutil.disk_usage(Path.cwd()).free / 1e9
     return DiskFullError(
         errno.ENOSPC,
-        f"the disk is full while writing {what} ({free:.1f} GB free here); nothing half-written is left. Delete old folders under "
-        "runs/ or ~/.cache/huggingface, or point COURSE_RUNS to another disk, and run the cell again",
+        f"the disk is full while writing {what} ({free:.1f} GB free here). What was saved before is whole, and nothing half-written "
+        "is kept. Delete old folders under runs/ or ~/.cache/huggingface, or point COURSE_RUNS to another disk, and run the cell again",
     )

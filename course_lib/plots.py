@@ -128,7 +128,7 @@ def histogram(groups: dict[str, np.ndarray], *, xlabel: str, ylabel: str = "item
             label=name,
         )
     if limit is not None:
-        ax.axvline(limit, color="black", linestyle=":", label=f"limit {limit:g}")
+        ax.axvline(limit, color="grey", linewidth=2.5, label=f"limit {limit:g}")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(frameon=False, fontsize=9)
     return ax

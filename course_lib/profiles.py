@@ -9,7 +9,7 @@ import html
 import json
 import os
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,7 @@ class Plan:
     """What a lesson is about to do on this machine, and what it gave up to fit.
 
     ``settings`` are the lesson's own values from profiles.toml; each can be read as an attribute of the plan.
-    Use `dataclasses.replace` or keyword arguments of `make_plan` to change one, and say why.
+    To change one, use keyword arguments of `make_plan` before, or `changed` after, and say why.
     """
 
     lesson: str
@@ -78,6 +78,15 @@ class Plan:
         body = self.shape.num_parameters() - self.shape.vocab_size * self.shape.hidden_size
         tokens = self.train_rows * self.epochs * min(self.mean_tokens, self.max_length)
         return 6 * body * tokens / (_teraflops(self.hardware) * 1e12) / 60
+
+    def changed(self, **settings) -> Plan:
+        """Return the same plan with some settings replaced, as in ``plan.changed(train_rows=len(rows))``.
+
+        Raises ProfileError for a setting that the lesson does not have.
+        """
+        if unknown := set(settings) - set(self.settings):
+            raise ProfileError(f"{self.lesson} has no setting {', '.join(sorted(unknown))}")
+        return replace(self, settings=self.settings | settings)
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the plan as (what, value) pairs."""
@@ -121,12 +130,12 @@ def make_plan(
     hardware: Hardware | None = None,
     **changes,
 ) -> Plan:
-    """Return the plan of a lesson on this machine; nothing is downloaded. (Week 6, lesson 1.)
+    """Return the plan of a lesson on this machine, before weights or data are downloaded. (Week 6, lesson 1.)
 
     ``task`` and ``model`` default to the lesson's own, ``data_dir`` is a folder of one's own; ``model`` may be a bundled
     miniature, a folder or a Hub id. Other keywords replace settings, as in ``train_rows=512``. What does not fit
-    the device's free memory is cut: first the batch (gradients are accumulated, so the steps stay the same), then the
-    model.
+    the device's free memory is cut: first the batch (gradients are accumulated), then the model. A model other than the
+    profile's brings a learning rate of its own and caps ``max_length`` at what it can read.
 
     Raises ProfileError for an unknown lesson, profile, task or setting.
     """
@@ -143,22 +152,22 @@ def make_plan(
     model = model or settings["model"]
     dtype, dtype_why = pick_dtype(hardware)
 
-    batch_size, accumulation, given_up = settings["batch_size"], 1, []
-    shape = model_shape(model)
-    needed = _needed(shape, batch_size, settings, hardware, dtype)
-    while needed.total > hardware.free_bytes and batch_size > 1:
-        batch_size, accumulation = batch_size // 2, accumulation * 2
-        needed = _needed(shape, batch_size, settings, hardware, dtype)
+    given_up: list[str] = []
+    shape = _settle(model, settings, changes)
+    batch_size, needed = _largest_batch(shape, settings, hardware, dtype)
     if needed.total > hardware.free_bytes and model != settings["smaller_model"]:
+        smaller = settings["smaller_model"]
+        given_up.append(f"{model}, which needs {needed.total / GIB:.1f} GiB even at batch size 1: {smaller} instead")
+        model, shape = smaller, _settle(smaller, settings, changes)
+        batch_size, needed = _largest_batch(shape, settings, hardware, dtype)
+    accumulation = settings["batch_size"] // batch_size
+    if needed.total > hardware.free_bytes:
         given_up.append(
-            f"{model}, which needs {needed.total / GIB:.1f} GiB even at batch size 1: {settings['smaller_model']} instead"
+            f"nothing fits: {needed.total / GIB:.1f} GiB are needed; close other notebooks and run this cell again"
         )
-        model, batch_size, accumulation = settings["smaller_model"], settings["batch_size"], 1
-        shape = model_shape(model)
-        needed = _needed(shape, batch_size, settings, hardware, dtype)
     elif accumulation > 1:
         given_up.append(
-            f"batch size {settings['batch_size']}: {batch_size} fits, {accumulation} are accumulated, slower but equal"
+            f"batch size {settings['batch_size']}: {batch_size} fits, {accumulation} are accumulated for each step"
         )
     settings["batch_size"] = batch_size
     return Plan(
@@ -176,6 +185,26 @@ def make_plan(
         accumulation,
         given_up,
     )
+
+
+def _settle(model: str, settings: dict[str, Any], changes: dict[str, Any]) -> EncoderShape:
+    """Return a model's shape, and fit to it the settings that go with a model: its rate, the length it can read."""
+    shape = model_shape(model)
+    if model != settings["model"] and "lr" not in changes:
+        by_size = next(lr for limit, lr in _table()["lr"]["by_hidden_size"] if shape.hidden_size <= limit)
+        settings["lr"] = _table()["lr"]["models"].get(model, by_size)
+    settings["max_length"] = min(settings["max_length"], shape.max_position_embeddings)
+    return shape
+
+
+def _largest_batch(shape, settings, hardware, dtype) -> tuple[int, TrainingMemory]:
+    """Return the largest of the batch sizes B, B/2, B/4 ... 1 that fits, and what it needs."""
+    batch_size = settings["batch_size"]
+    needed = _needed(shape, batch_size, settings, hardware, dtype)
+    while needed.total > hardware.free_bytes and batch_size > 1:
+        batch_size //= 2
+        needed = _needed(shape, batch_size, settings, hardware, dtype)
+    return batch_size, needed
 
 
 def _needed(shape, batch_size, settings, hardware, dtype) -> TrainingMemory:

@@ -80,7 +80,7 @@ def fit(
     rows = [examples[index] for index in range(len(examples))]
     collate = DataCollatorWithPadding(tokenizer)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
-    schedule = get_cosine_schedule_with_warmup(optimizer, int(warmup * steps), steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(warmup * steps), steps)  # as Trainer rounds
     order = torch.Generator().manual_seed(seed)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16, init_scale=1024.0)
 

@@ -31,6 +31,9 @@ def live_chart(seconds: float = 2.0):
         handle = None
         drawn_at = 0.0
 
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.handle = None  # a second run gets a chart of its own
+
         def _draw(self, history):
             axes = plots.training(history)
             figure = axes[0].figure
@@ -54,7 +57,7 @@ def live_chart(seconds: float = 2.0):
 def table(frame, *, wrap: str = "text"):
     """Return a data frame as an HTML table whose ``wrap`` column breaks its lines instead of being cut. (Week 6, lesson 1.)
 
-    Numbers keep the digits they have; colours and widths suit JupyterLab, Colab and GitHub.
+    Fractions are shown with two digits.
     """
     from IPython.display import HTML
 

@@ -11,6 +11,7 @@ def shown(monkeypatch):
     bundles = []
     monkeypatch.setattr(checks, "_display", bundles.append)
     monkeypatch.delenv("COURSE_STRICT", raising=False)
+    checks.begin("", "")
     checks.begin("week00/00_test", "abc")
     return bundles
 
@@ -46,6 +47,48 @@ def test_a_stub_counts_as_not_attempted(shown):
         never_defined  # noqa: B018, F821
     assert [record["status"] for record in records(shown)] == ["not attempted"] * 3
     assert "never_defined" in records(shown)[2]["message"]
+
+
+def test_a_misspelt_name_in_the_students_function_is_their_error_and_not_an_exercise_left_out(shown):
+    def student():
+        return hits / totl  # noqa: F821
+
+    hits = 3
+    with checks.check("1.1", points=1):
+        student()
+    assert records(shown)[0]["status"] == "not yet"
+    assert "'totl'" in records(shown)[0]["message"]
+
+
+def test_a_forgotten_return_is_named(shown):
+    def student():
+        pass
+
+    with checks.check("1.1", points=1):
+        assert student().shape == (1, 2)
+    assert "is a `return` missing?" in records(shown)[0]["message"]
+
+
+def test_the_report_lists_what_was_never_checked_in_order_with_open_questions_last(shown):
+    checks.begin("week00/00_test", "abc", {"1.1": 2, "1.2": 4, "1.10": 3})
+    checks.open_question("1.1", "Five words and one more.")
+    with checks.check("1.10", points=3):
+        pass
+    checks.report()
+    data = shown[-1]["application/vnd.course.report+json"]
+    assert [result["exercise"] for result in data["results"]] == ["1.2", "1.10", "1.1"]
+    assert (data["earned"], data["possible"]) == (3, 7)
+
+
+def test_running_the_set_up_again_loses_nothing_and_another_version_starts_afresh(shown):
+    with checks.check("1.1", points=3):
+        pass
+    checks.begin("week00/00_test", "abc")
+    checks.report()
+    assert shown[-1]["application/vnd.course.report+json"]["earned"] == 3
+    checks.begin("week00/00_test", "abcd")
+    checks.report()
+    assert shown[-1]["application/vnd.course.report+json"]["earned"] == 0
 
 
 def test_an_exception_in_the_students_code_names_its_kind_and_line(shown):

@@ -10,7 +10,7 @@ from course_lib.errors import DataError, HubError
 from course_lib.profiles import make_plan
 
 NEWS = LABELS["ag_news"]
-GOOD = "text,label\n" + "".join(f"story {number},{number % 4}\n" for number in range(40))
+GOOD = "text,label\n" + "".join(f"story {number},{number % 4}\n" for number in range(80))
 
 
 @pytest.fixture
@@ -33,8 +33,8 @@ def test_bundled_sets_have_the_same_columns_labels_and_splits_as_any_source(plan
 def test_a_folder_gives_the_same_shape_with_a_validation_split_cut_from_train(plan, folder):
     task = load_task("ag_news", plan, str(folder))
     assert task.train.column_names == ["text", "label", "hard"]
-    assert (len(task.train), len(task.validation), len(task.test)) == (32, 8, 40)
-    assert sorted(task.validation["label"]) == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert (len(task.train), len(task.validation), len(task.test)) == (64, 16, 80)
+    assert sorted(task.validation["label"]) == [label for label in range(4) for _ in range(4)]
     assert not set(task.validation["text"]) & set(task.train["text"])
     assert str(folder) in task.source
     assert set(task.test["hard"]) == {None}
@@ -76,6 +76,27 @@ def test_a_saved_data_set_without_a_test_split_is_refused(plan, tmp_path):
         load_task("ag_news", plan, str(tmp_path / "saved"))
 
 
+def test_a_saved_data_sets_own_order_of_names_is_respected(tmp_path):
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["positive", "negative"])})
+    rows = {"text": [f"{word} {n}" for n in range(20) for word in ("fine", "awful")], "label": [0, 1] * 20}
+    split = Dataset.from_dict(rows, features=features)
+    DatasetDict({"train": split, "test": split}).save_to_disk(str(tmp_path / "saved"))
+    plan = make_plan(LESSON, "tiny", task="imdb", hardware=MACHINES["laptop"])
+    task = load_task("imdb", plan, str(tmp_path / "saved"))
+    assert {(row["text"].split()[0], row["label"]) for row in task.test} == {("fine", 1), ("awful", 0)}
+
+
+def test_too_few_rows_of_a_class_are_refused_with_their_number(plan, tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / f"{split}.csv").write_text(
+            "text,label\n" + "".join(f"story {n},{n % 4}\n" for n in range(43 if split == "test" else 39))
+        )
+    with pytest.raises(DataError, match="9 for Sci/Tech, and at least 10 a class"):
+        load_task("ag_news", plan, str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("content", "says"),
     [
@@ -84,6 +105,7 @@ def test_a_saved_data_set_without_a_test_split_is_refused(plan, tmp_path):
         (b"text,label\nx,1\ny,Weather\n", r"line 3: unknown label 'Weather'; a label is 0 or World, 1 or Sports"),
         (b"text,label\nx,4\n", "unknown label '4'"),
         (b"text,label\nx,-1\n", "unknown label '-1'"),
+        ("text,label\nx,\u00b2\n".encode(), "unknown label"),
         (b"text,label\n", "no rows below its header"),
         (b"", "its header has nothing"),
         (b"text,label\n  ,1\n", "line 2: the text is empty"),
@@ -102,7 +124,8 @@ def test_a_wrong_csv_is_named_with_the_line_and_the_remedy(tmp_path, content, sa
 
 def test_a_broken_or_half_written_gzip_is_refused(tmp_path):
     whole = gzip.compress(GOOD.encode())
-    for number, content in enumerate((b"not gzip at all", whole[: len(whole) // 2])):
+    spoilt = whole[:30] + bytes(255 - byte for byte in whole[30:60]) + whole[60:]
+    for number, content in enumerate((b"not gzip at all", whole[: len(whole) // 2], spoilt)):
         path = tmp_path / f"{number}.csv.gz"
         path.write_bytes(content)
         with pytest.raises(DataError, match="not a readable CSV"):

@@ -1,6 +1,7 @@
 """Lesson 06/01: what the notebook must show, and whether each check and probe tells right from wrong."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -33,6 +34,11 @@ WRONG = {
             "def mean_pooling(hidden, mask):\n    return (hidden * mask.unsqueeze(-1)).sum(1) / mask[0].sum()",
             "different lengths",
         ),
+        "divisor without its dimension": (
+            "def mean_pooling(hidden, mask):\n    return (hidden * mask.unsqueeze(-1)).sum(1) / mask.sum(1)",
+            "keepdim=True",
+        ),
+        "no return": ("def mean_pooling(hidden, mask):\n    hidden.mean(1)", "`return` missing"),
         "the first token": ("def mean_pooling(hidden, mask):\n    return hidden[:, 0]", "plain mean"),
     },
     "1.2": {
@@ -56,10 +62,20 @@ WRONG = {
             "    steps = math.ceil(math.ceil(rows / batch_size) * epochs / accumulation)\n    return math.ceil(share * steps), steps",
             "within the epoch",
         ),
+        "warm-up rounded to the nearest": (
+            "import math\ndef count_steps(rows, batch_size, accumulation, epochs, share):\n"
+            "    steps = math.ceil(math.ceil(rows / batch_size) / accumulation) * epochs\n    return round(share * steps), steps",
+            "not round or int",
+        ),
+        "turned round": (
+            "import math\ndef count_steps(rows, batch_size, accumulation, epochs, share):\n"
+            "    steps = math.ceil(math.ceil(rows / batch_size) / accumulation) * epochs\n    return steps, math.ceil(share * steps)",
+            "the order",
+        ),
         "warm-up rounded down": (
             "import math\ndef count_steps(rows, batch_size, accumulation, epochs, share):\n"
             "    steps = math.ceil(math.ceil(rows / batch_size) / accumulation) * epochs\n    return int(share * steps), steps",
-            "round up to 1",
+            "not round or int",
         ),
     },
     "1.3": {
@@ -80,7 +96,7 @@ WRONG = {
         "a straight line": (
             "def learning_rate(step, warmup, total, peak):\n    if step < warmup:\n        return peak * step / warmup\n"
             "    return peak * (total - step) / (total - warmup)",
-            "not transformers' schedule",
+            "a straight line",
         ),
         "twice the height": (
             "import math\ndef learning_rate(step, warmup, total, peak):\n    if step < warmup:\n        return peak * step / warmup\n"
@@ -102,7 +118,7 @@ WRONG = {
         "macro recall": (
             "import numpy as np\ndef accuracy_and_macro_f1(counts):\n    hits = np.diag(counts)\n"
             "    return hits.sum() / counts.sum(), (hits / counts.sum(1)).mean()",
-            "precision (columns) and recall (rows)",
+            "mean recall",
         ),
         "nan for a missing class": (
             "import numpy as np\ndef accuracy_and_macro_f1(counts):\n    hits = np.diag(counts)\n"
@@ -118,8 +134,30 @@ WRONG = {
     "1.5": {
         "fewest hits": (
             "import numpy as np\ndef worst(counts, names):\n    wrong = counts - np.diag(np.diag(counts))\n"
-            "    t, p = np.unravel_index(wrong.argmax(), wrong.shape)\n    return names[counts.sum(1).argmax()], (names[t], names[p])",
-            "row's sum",
+            "    t, p = np.unravel_index(wrong.argmax(), wrong.shape)\n    return names[np.diag(counts).argmin()], (names[t], names[p])",
+            "fewest hits",
+        ),
+        "precision for recall": (
+            "import numpy as np\ndef worst(counts, names):\n    wrong = counts - np.diag(np.diag(counts))\n"
+            "    t, p = np.unravel_index(wrong.argmax(), wrong.shape)\n"
+            "    return names[(np.diag(counts) / counts.sum(0)).argmin()], (names[t], names[p])",
+            "lowest precision",
+        ),
+        "smallest class": (
+            "import numpy as np\ndef worst(counts, names):\n    wrong = counts - np.diag(np.diag(counts))\n"
+            "    t, p = np.unravel_index(wrong.argmax(), wrong.shape)\n    return names[counts.sum(1).argmin()], (names[t], names[p])",
+            "fewest hits",
+        ),
+        "both directions added": (
+            "import numpy as np\ndef worst(counts, names):\n    recall = np.diag(counts) / counts.sum(1)\n"
+            "    wrong = counts - np.diag(np.diag(counts))\n    t, p = np.unravel_index((wrong + wrong.T).argmax(), wrong.shape)\n"
+            "    return names[recall.argmin()], (names[t], names[p])",
+            "one direction only",
+        ),
+        "numbers for names": (
+            "import numpy as np\ndef worst(counts, names):\n    recall = np.diag(counts) / counts.sum(1)\n"
+            "    wrong = counts - np.diag(np.diag(counts))\n    return recall.argmin(), np.unravel_index(wrong.argmax(), wrong.shape)",
+            "not its number",
         ),
         "diagonal left in": (
             "import numpy as np\ndef worst(counts, names):\n    recall = np.diag(counts) / counts.sum(1)\n"
@@ -158,6 +196,13 @@ WRONG = {
             "        out[n] = lr * decay ** power\n    return out",
             "first digit",
         ),
+        "pooler with the top layer": (
+            "def layer_rates(parameter_names, num_layers, lr, decay):\n    out = {}\n    for n in parameter_names:\n"
+            "        power = num_layers - int(n.split('.layer.')[1].split('.')[0]) if '.layer.' in n "
+            "else (num_layers + 1 if 'embeddings' in n else 1 if 'pooler' in n else 0)\n"
+            "        out[n] = lr * decay ** power\n    return out",
+            "the pooler sits above",
+        ),
         "one rate for all": (
             "def layer_rates(parameter_names, num_layers, lr, decay):\n    return {n: lr for n in parameter_names}",
             "one factor below the head",
@@ -182,7 +227,7 @@ def namespace():
 
     plan = make_plan(LESSON, "tiny", hardware=MACHINES["laptop"])
     names = ["World", "Sports", "Business", "Sci/Tech"]
-    warmup_steps = int(plan.warmup * plan.steps)
+    warmup_steps = math.ceil(plan.warmup * plan.steps)
     optimizer = torch.optim.AdamW([torch.zeros(1, requires_grad=True)], lr=plan.lr)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup_steps, plan.steps)
     rates = []
@@ -197,9 +242,10 @@ def namespace():
         "tokenizer": load_tokenizer(plan),
         "warmup_steps": warmup_steps,
         "rates": rates,
+        "counts_after": np.array([[48, 1, 1, 0], [0, 50, 0, 0], [2, 0, 46, 2], [1, 0, 2, 47]]),
         "np": np,
         "torch": torch,
-        "math": __import__("math"),
+        "math": math,
         "check": check,
     }
 

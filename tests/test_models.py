@@ -105,7 +105,7 @@ def test_a_full_disk_leaves_the_old_folder_and_no_half(plan, tmp_path, monkeypat
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(model, "save_pretrained", fill)
-    with pytest.raises(DiskFullError, match="nothing half-written is left"):
+    with pytest.raises(DiskFullError, match="nothing half-written is kept"):
         models.save_model(model, tokenizer, folder)
     assert (folder / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["classifier"]
@@ -145,3 +145,19 @@ def test_other_errors_pass_unchanged():
         1 / 0  # noqa: B018
     with pytest.raises(PermissionError), models.explain_errors("saving"):
         raise PermissionError(errno.EACCES, "Permission denied")
+    with pytest.raises(FileNotFoundError), models.explain_errors("training"):
+        raise FileNotFoundError(errno.ENOENT, "No such file")
+
+
+def test_a_quota_counts_as_a_full_disk_and_an_apple_gpu_as_an_accelerator():
+    with pytest.raises(DiskFullError, match="training"), models.explain_errors("training"):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+    with pytest.raises(OutOfMemoryError), models.explain_errors("training"):
+        raise RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)")
+
+
+def test_a_saved_folder_can_be_read_by_others(plan, tmp_path):
+    folder = models.save_model(
+        models.load_classifier(plan, NAMES), models.load_tokenizer(plan), tmp_path / "classifier"
+    )
+    assert folder.stat().st_mode & 0o777 == 0o755

@@ -50,6 +50,31 @@ def test_where_no_batch_fits_the_bundled_miniature_takes_over_and_the_plan_says_
     assert "mini-bert" in repr(plan)
 
 
+def test_a_model_brings_its_own_rate_and_the_length_it_can_read():
+    named = make_plan(LESSON, "full", task="imdb", hardware=MACHINES["H100"], model="mini-bert")
+    assert named.max_length == 256 and named.lr == 5e-4
+    fallen = make_plan(LESSON, "full", task="imdb", hardware=replace(MACHINES["H100"], free_bytes=int(1.4 * GIB)))
+    assert (fallen.model, fallen.max_length, fallen.lr) == ("mini-bert", 256, 5e-4)
+    assert make_plan(LESSON, "tiny", hardware=MACHINES["laptop"], model="google-bert/bert-base-uncased").lr == 2e-5
+    assert (
+        make_plan(LESSON, "tiny", hardware=MACHINES["laptop"], model="google-bert/bert-base-uncased", lr=1e-3).lr
+        == 1e-3
+    )
+
+
+def test_where_nothing_fits_the_plan_says_so():
+    plan = make_plan(LESSON, "tiny", hardware=replace(MACHINES["laptop"], free_bytes=int(0.3 * GIB)))
+    assert plan.batch_size == 1 and "nothing fits" in plan.given_up[-1]
+
+
+def test_a_plan_can_be_told_how_many_rows_there_really_are():
+    plan = make_plan(LESSON, "tiny", hardware=MACHINES["laptop"])
+    fewer = plan.changed(train_rows=160)
+    assert (fewer.steps, plan.steps) == (10 * plan.epochs, 38 * plan.epochs)
+    with pytest.raises(ProfileError, match="no setting colour"):
+        plan.changed(colour=1)
+
+
 def test_a_plan_shows_the_same_in_text_and_html():
     plan = make_plan(LESSON, hardware=MACHINES["T4"])
     for word in ("Tesla T4", "float16", "no bfloat16", "google-bert/bert-base-uncased", "GiB needed of"):

@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import re
 import sys
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import nbformat
@@ -43,13 +45,15 @@ REPOSITORY = "{repository}"
 if importlib.util.find_spec("course_lib") is None:
     above = (folder for folder in Path.cwd().resolve().parents if (folder / "course_lib").is_dir())
     course = next(above, Path("{folder}").resolve())
-    if not course.is_dir():
+    if not (course / "course_lib").is_dir():
         subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, str(course)], check=True)
     sys.path.insert(0, str(course))
 
 from course_lib import checks
 
-checks.begin("{lesson}", "{version}")"""
+checks.begin("{lesson}", "{version}", {exercises})"""
+
+POINTS = re.compile(r"points=(\d+)")
 
 
 def repository() -> str:
@@ -74,8 +78,14 @@ def build_notebook(lesson: Lesson, order: list[Lesson], *, solution: bool) -> st
             continue
         if first:
             url = repository()
+            found = {number: POINTS.search(check.source) for number, check in lesson.by_role("check").items()}
+            points = {number: int(match[1]) for number, match in found.items() if match}
             setup = SETUP.format(
-                lesson=lesson.name, version=lesson.version, repository=url, folder=url.rstrip("/").rsplit("/", 1)[-1]
+                exercises=points,
+                lesson=lesson.name,
+                version=lesson.version,
+                repository=url,
+                folder=url.rstrip("/").rsplit("/", 1)[-1],
             )
             cells.append((new_code_cell, setup, ("setup",)))
             first = False
@@ -127,6 +137,8 @@ def problems_of(lesson: Lesson) -> list[str]:
     """Return what is wrong with a lesson's exercises, checks, probes and parameters."""
     found = []
     exercises, checks, probes = (lesson.by_role(role) for role in ("exercise", "check", "probe"))
+    seen = Counter((cell.role, cell.number) for cell in lesson.cells if cell.role)
+    found += [f"{role} {number} stands there {count} times" for (role, number), count in seen.items() if count > 1]
     for number, cell in exercises.items():
         try:
             regions = solution_regions(cell.source)
@@ -135,6 +147,8 @@ def problems_of(lesson: Lesson) -> list[str]:
             continue
         if not regions:
             found.append(f"exercise {number} has no solution between {BEGIN} and {END}")
+        if stubbed(cell.source) == _without(cell.source):
+            found.append(f"exercise {number}: its stub would be empty; assign the answer to a name")
         if number not in checks:
             found.append(f"exercise {number} has no check")
         is_open = "open_question(" in checks[number].source if number in checks else False
@@ -153,6 +167,13 @@ def problems_of(lesson: Lesson) -> list[str]:
     return found
 
 
+def _without(source: str) -> str:
+    """Return a cell's source without solutions and without stubs in their place."""
+    for region in solution_regions(source):
+        source = source.replace(f"{region}\n", "")
+    return solved(source)
+
+
 def _first_line(cell: Cell) -> str:
     return cell.source.splitlines()[0][:60]
 
@@ -160,7 +181,7 @@ def _first_line(cell: Cell) -> str:
 def leaked_solutions(lesson: Lesson, student: str) -> list[str]:
     """Return the exercises whose solution's text stands in the student copy, or whose probe does."""
     cells = json.loads(student)["cells"]
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    code = "\n".join("".join(cell["source"]) for cell in cells)
     squeezed = "".join(code.split())
     found = []
     for number, cell in lesson.by_role("exercise").items():

@@ -115,8 +115,12 @@ def _stub(region: list[str]) -> list[str]:
     indent = first[: len(first) - len(first.lstrip())]
     if indent:
         return [f"{indent}# your code here", f'{indent}raise NotImplementedError("replace this line")']
-    names = []
-    for statement in ast.parse("\n".join(region)).body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else []
-        names += [target.id for target in targets if isinstance(target, ast.Name)]
+    tree = ast.parse("\n".join(region))
+    nodes = [
+        node
+        for statement in tree.body
+        if isinstance(statement, (ast.Assign, ast.AnnAssign))
+        for node in ast.walk(statement)
+    ]
+    names = dict.fromkeys(node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store))
     return [f"{name} = ...  # your answer here" for name in names]

@@ -30,6 +30,7 @@ from pathlib import Path
 import psutil
 from papermill import inspect_notebook
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         jobs = plan_jobs(options)
     except ValueError as error:
-        console.print(f"[red]{error}[/red]")
+        console.print(f"[red]{escape(str(error))}[/red]")
         return 2
     try:
         results = run_jobs(jobs, options, console)
@@ -93,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     for result in results:
         if result.status != "ok":
             console.print(
-                f"[red]{result.lesson} failed[/red]: {result.error}\n  partial notebook: {result.notebook}",
+                f"[red]{result.lesson} failed[/red]: {escape(result.error)}\n  partial notebook: {result.notebook}",
                 highlight=False,
             )
     console.print(f"index: {index}", highlight=False)
@@ -133,8 +134,9 @@ def plan_jobs(options: argparse.Namespace) -> list[Job]:
         if not equals:
             raise ValueError(f"--param {text}: write NAME=VALUE")
         given[name] = _typed(value)
+    named = given if options.profile == "tiny" else {"PROFILE": options.profile, **given}
     variant = "-".join(
-        re.sub(r"[^A-Za-z0-9]+", "_", f"{name}_{Path(str(value)).name}") for name, value in given.items()
+        re.sub(r"[^A-Za-z0-9]+", "_", f"{name}_{Path(str(value)).name}") for name, value in named.items()
     )
     jobs = []
     for lesson in chosen:
@@ -180,28 +182,23 @@ def run_jobs(jobs: list[Job], options: argparse.Namespace, console: Console) -> 
             return [future.result() for future in futures]
         except KeyboardInterrupt:
             stop.set()
+            pool.shutdown(cancel_futures=True)
             raise
 
 
 def _run_job(job: Job, options, threads: int | None, stop: threading.Event, progress: Progress, bar) -> Result:
-    fingerprint = _fingerprint(job)
+    result = Result(job.lesson, job.title, job.copy, job.variant, str(job.parameters["PROFILE"]), str(job.target))
+    if stop.is_set():
+        return result
+    result.fingerprint = fingerprint = _fingerprint(job)
     known = job.target.with_suffix(".json")
     if not options.force and known.is_file():
-        old = Result(**json.loads(known.read_text(encoding="utf-8")))
-        if old.fingerprint == fingerprint and old.status == "ok" and job.target.with_suffix(".html").is_file():
+        old = _known_result(known)
+        if old and old.fingerprint == fingerprint and old.status == "ok" and job.target.with_suffix(".html").is_file():
             old.kept = True
             progress.update(bar, completed=progress.tasks[bar].total)
             return old
     known.unlink(missing_ok=True)
-    result = Result(
-        job.lesson,
-        job.title,
-        job.copy,
-        job.variant,
-        str(job.parameters["PROFILE"]),
-        str(job.target),
-        fingerprint=fingerprint,
-    )
     progress.start_task(bar)
     _run_process(job, result, options.limit, threads, stop, lambda cell: progress.update(bar, completed=cell))
     if stop.is_set():
@@ -213,6 +210,14 @@ def _run_job(job: Job, options, threads: int | None, stop: threading.Event, prog
         write_page(job.target, job.target.with_suffix(".html"))
     known.write_text(json.dumps(asdict(result), indent=1) + "\n", encoding="utf-8")
     return result
+
+
+def _known_result(path: Path) -> Result | None:
+    """Return an earlier result, or None where the file is cut off or of another version of this program."""
+    try:
+        return Result(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError):
+        return None
 
 
 def _run_process(job: Job, result: Result, limit_s: float, threads: int | None, stop: threading.Event, on_cell) -> None:
@@ -227,7 +232,7 @@ def _run_process(job: Job, result: Result, limit_s: float, threads: int | None, 
             "IPYTHONDIR": scratch,
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         }
-        if job.parameters["PROFILE"] == "tiny":
+        if job.parameters["PROFILE"] == "tiny" and not job.parameters.get("MODEL"):
             environment |= {"HF_HUB_OFFLINE": "1"}  # tiny must need no network
         if threads:
             environment |= dict.fromkeys(THREAD_VARIABLES, str(threads))
@@ -351,7 +356,7 @@ def _fingerprint(job: Job) -> str:
     for path in sorted(files):
         digest.update(f"{os.path.relpath(path, ROOT)}\n".encode() + hashlib.sha256(path.read_bytes()).digest())
     for value in job.parameters.values():  # a folder the student named
-        folder = Path(str(value)) if str(value) else Path("/nonexistent")
+        folder = Path(str(value)).expanduser() if str(value) else Path("/nonexistent")
         for path in sorted(folder.rglob("*")) if folder.is_dir() else []:
             digest.update(f"{path} {path.stat().st_size} {path.stat().st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
@@ -362,7 +367,7 @@ def _table(results: list[Result]) -> Table:
     for result in results:
         before, after = (result.values.get(name) for name in ("before", "after"))
         table.add_row(
-            result.lesson + (f" {result.variant}" if result.variant else ""),
+            escape(result.lesson + (f" {result.variant}" if result.variant else "")),
             f"{before:.3f}" if before is not None else "-",
             f"{after:.3f}" if after is not None else "-",
             f"{result.time_s:.0f}",
