@@ -10,9 +10,10 @@ import math
 import numpy as np
 
 from course_lib.data import tokenize
-from course_lib.errors import TrainingError
+from course_lib.errors import TrainingError, explain_errors
 
 
+@explain_errors("prediction")
 def predict(model, split, tokenizer, *, max_length: int = 128, batch_size: int = 64) -> np.ndarray:
     """Return the class probabilities of every row of a split with a text column; shape (rows, classes). (Week 6, lesson 1.)
 

@@ -1,20 +1,17 @@
 """Load a tokenizer and a model for a plan, count and freeze parameters, save without leaving halves behind.
 
-Errors of the Hub, the disk and the accelerator come out as the library's own, which say what to do.
+Errors of the Hub, the disk and the accelerator come out as the library's own (see errors), which say what to do.
 """
 
 from __future__ import annotations
 
-import errno
 import gc
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from course_lib.errors import CourseError, DiskFullError, HubError, ModelError, OutOfMemoryError
+from course_lib.errors import ModelError, explain_errors
 from course_lib.hardware import set_seed
 from course_lib.profiles import Plan, model_folder
 
@@ -132,44 +129,3 @@ def save_model(model, tokenizer, folder: str | Path) -> Path:
         if partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
     return folder
-
-
-@contextmanager
-def explain_errors(what: str = "this step", *, hub: bool = False) -> Iterator[None]:
-    """Turn errors of the Hub, the disk and the accelerator into the library's own, with the remedy. (Week 6, lesson 1.)
-
-    ``what`` names the step or the thing in the message. With ``hub``, other operating-system errors are taken for a
-    model or data set that cannot be found or fetched.
-    """
-    try:
-        yield
-    except CourseError:
-        raise
-    except Exception as error:
-        text = str(error) or type(error).__name__
-        if (
-            getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            or "No space left" in text
-            or "os error 28" in text
-        ):
-            raise _disk_full(what) from error
-        if isinstance(error, RuntimeError) and "out of memory" in text:
-            raise OutOfMemoryError(
-                f"the accelerator ran out of memory in {what}. Restart the kernel to free what earlier runs hold; then make "
-                "the plan with a smaller batch_size or max_length, or choose a smaller MODEL"
-            ) from error
-        if hub and isinstance(error, OSError):
-            raise HubError(
-                f"could not load {what}: {text.splitlines()[0][:200]} Check the spelling and the connection and run the cell "
-                "again (finished downloads are kept), or set PROFILE = 'tiny', which needs no network"
-            ) from error
-        raise
-
-
-def _disk_full(what: str) -> DiskFullError:
-    free = shutil.disk_usage(Path.cwd()).free / 1e9
-    return DiskFullError(
-        errno.ENOSPC,
-        f"the disk is full while writing {what} ({free:.1f} GB free here). What was saved before is whole, and nothing half-written "
-        "is kept. Delete old folders under runs/ or ~/.cache/huggingface, or point COURSE_RUNS to another disk, and run the cell again",
-    )

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-from course_lib.errors import TrainingError
+from course_lib.errors import TrainingError, explain_errors
 from course_lib.hardware import set_seed
 
 
@@ -53,6 +53,7 @@ def training_arguments(plan, folder: str | Path, **changes):
     return TrainingArguments(**(settings | changes))
 
 
+@explain_errors("training")
 def fit(
     model,
     examples,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import LESSON, MACHINES
 
-from course_lib import models
+from course_lib import errors, models
 from course_lib.errors import DiskFullError, HubError, ModelError, OutOfMemoryError
 from course_lib.profiles import make_plan
 
@@ -135,24 +135,24 @@ def test_a_disk_that_is_really_full_is_recognised(tiny_bert, tmp_path):
 def test_cuda_out_of_memory_becomes_advice():
     with (
         pytest.raises(OutOfMemoryError, match=r"ran out of memory in training.*smaller batch_size"),
-        models.explain_errors("training"),
+        errors.explain_errors("training"),
     ):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
 
 def test_other_errors_pass_unchanged():
-    with pytest.raises(ZeroDivisionError), models.explain_errors("training"):
+    with pytest.raises(ZeroDivisionError), errors.explain_errors("training"):
         1 / 0  # noqa: B018
-    with pytest.raises(PermissionError), models.explain_errors("saving"):
+    with pytest.raises(PermissionError), errors.explain_errors("saving"):
         raise PermissionError(errno.EACCES, "Permission denied")
-    with pytest.raises(FileNotFoundError), models.explain_errors("training"):
+    with pytest.raises(FileNotFoundError), errors.explain_errors("training"):
         raise FileNotFoundError(errno.ENOENT, "No such file")
 
 
 def test_a_quota_counts_as_a_full_disk_and_an_apple_gpu_as_an_accelerator():
-    with pytest.raises(DiskFullError, match="training"), models.explain_errors("training"):
+    with pytest.raises(DiskFullError, match="training"), errors.explain_errors("training"):
         raise OSError(errno.EDQUOT, "Disk quota exceeded")
-    with pytest.raises(OutOfMemoryError), models.explain_errors("training"):
+    with pytest.raises(OutOfMemoryError), errors.explain_errors("training"):
         raise RuntimeError("MPS backend out of memory (MPS allocated: 5 GB)")
 
 

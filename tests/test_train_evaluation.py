@@ -166,3 +166,18 @@ def test_changes_of_mind_are_the_largest_gains_then_the_largest_losses(split):
     assert frame.iloc[0]["text"] == "the film good ." and frame.iloc[0]["p after"] == 0.9
     assert list(frame["p after"] - frame["p before"]) == sorted(frame["p after"] - frame["p before"], reverse=True)
     assert frame.iloc[-1]["text"] == "the film bad ." and frame.iloc[-1]["answer after"] == "good"
+
+
+def test_running_out_of_memory_in_the_loop_or_in_prediction_becomes_advice(plan, split, tokenizer, monkeypatch):
+    from course_lib.errors import OutOfMemoryError
+
+    model = models.load_classifier(plan, NAMES)
+
+    def full(**_):
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(model, "forward", full)
+    with pytest.raises(OutOfMemoryError, match="training"):
+        train.fit(model, tokenize(split, tokenizer, 12), tokenizer, steps=1, lr=1e-3)
+    with pytest.raises(OutOfMemoryError, match="prediction"):
+        evaluation.predict(model, split, tokenizer)

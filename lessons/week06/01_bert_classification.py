@@ -508,7 +508,7 @@ pd.DataFrame(
 # %%
 from course_lib.evaluation import snapshot, weight_changes
 from course_lib.hardware import peak_bytes, reset_peak
-from course_lib.models import explain_errors
+from course_lib.errors import explain_errors
 from course_lib.train import training_arguments
 from course_lib.widgets import live_chart
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
