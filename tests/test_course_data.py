@@ -121,3 +121,28 @@ def test_every_scene_draws_without_an_unknown_slot():
         for template in scene.headlines + scene.sentences:
             text = generator._sentence(template, scene, {})
             assert "{" not in text and "}" not in text, (scene.title, template)
+
+
+def test_the_model_card_tells_the_stored_accuracies_and_the_weights_hash():
+    import hashlib
+    import json
+
+    folder = ROOT / "data" / "models" / "mini-bert"
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    stored = json.loads((ROOT / "lessons/week06/evidence/01_data_efficiency.json").read_text())
+    for row, size in enumerate(stored["sizes"]):
+        for kind in ("pretrained", "random"):
+            runs = stored[kind][row]
+            line = f"| {size} | {kind} | {' | '.join(f'{run:.3f}' for run in runs)} | **{sum(runs) / len(runs):.3f}** |"
+            assert line in card
+    assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() in card
+
+
+def test_with_64_examples_pre_training_is_worth_ten_points_and_more_in_the_stored_runs():
+    import json
+
+    stored = json.loads((ROOT / "lessons/week06/evidence/01_data_efficiency.json").read_text())
+    row = stored["sizes"].index(64)
+    pretrained, random = (sum(stored[kind][row]) / len(stored["seeds"]) for kind in ("pretrained", "random"))
+    assert len(stored["seeds"]) >= 5
+    assert pretrained - random >= 0.10

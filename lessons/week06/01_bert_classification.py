@@ -22,8 +22,8 @@
 # - **Judge** a model by more than one number: confusion, hard items, confidence intervals
 # - **Measure** what pre-training was worth, in labelled examples
 #
-# **What you'll need.** Python and a first acquaintance with PyTorch; 60 to 90 minutes. The notebook runs in about a minute on two CPU
-# cores (profile *tiny*) and needs 3 GB of memory; on a GPU, 6 GB are plenty.
+# **What you'll need.** Python and a first acquaintance with PyTorch; 60 to 90 minutes. The notebook runs in under two minutes on two CPU
+# cores (profile *tiny*) with less than 2 GB of memory; on a GPU it plans to fit what is there.
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # @param ["auto", "tiny", "colab", "full"]
@@ -130,7 +130,7 @@ counts
 from course_lib.models import load_tokenizer
 
 tokenizer = load_tokenizer(plan)
-sentences = ["The goalkeeper saved a penalty.", "The microbiologist photographed extremophiles."]
+sentences = ["The goalkeeper saved a penalty.", "The footballer was heartbreakingly good."]
 [" ".join(tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])) for text in sentences]
 
 # %% [markdown]
@@ -202,11 +202,11 @@ def fill(masked_lm, text: str, top: int = 5) -> str:
 
 # %%
 blanks = [
-    "The ___ scored twice in the second half.",
-    "Shares in the company ___ sharply on Friday.",
-    "Rebels and the government agreed to a ___ along the border.",
-    "Astronomers pointed the ___ at a distant galaxy.",
+    "The bank raised interest ___ by a quarter point.",
+    "Troops crossed the ___ before dawn.",
+    "Scientists have found a ___ that causes the disease.",
     "The acting was wooden and the plot was ___.",
+    "The tennis player won in straight ___.",
 ]
 try:
     masked_lm = load_masked_lm(plan)
@@ -221,7 +221,9 @@ except ModelError as error:
 shown
 
 # %% [markdown]
-# @@FILL@@
+# Rough, but not ignorant. On tiny, mini-bert's bank raises rates or costs, its troops cross a frontier or a river, the plot is wasted, lifeless or dull; of tennis it knows
+# the subject (court, match) and not the idiom (sets). A full-size BERT knows far more. That knowledge lies in the body; only the head is ignorant. Fine-tuning
+# connects the two.
 #
 # ### From many vectors to one
 #
@@ -502,8 +504,8 @@ pd.DataFrame(
 # ### Now train
 #
 # `training_arguments` turns the plan into transformers' own `TrainingArguments`, with evaluation twice an epoch. Training stops early when the loss on the
-# *validation* split has not improved for four evaluations, and the best weights come back. The test split stays out of every such choice. About 20 seconds on two
-# cores.
+# *validation* split has not improved for four evaluations, and the best weights come back. The test split stays out of every such choice. (A quarter of a minute on two
+# cores.)
 
 # %%
 from course_lib.evaluation import snapshot, weight_changes
@@ -579,7 +581,7 @@ result.round(3)
 f"on {len(labels)} items: 95 % interval of the accuracy after, {low:.3f} to {high:.3f}"
 
 # %% [markdown]
-# How wide would you have said? The interval is what the size of the test set allows you to claim. Two models whose intervals overlap widely have not been told apart.
+# Wider than you thought? The interval is what the size of the test set allows you to claim. Two models whose intervals overlap widely have not been told apart.
 
 # %% [markdown]
 # ### Exercise 1.4: accuracy and macro-F1 by hand
@@ -941,7 +943,7 @@ def classify(text: str) -> dict[str, float]:
 
 reloaded = np.array([list(classify(text).values()) for text in task.test["text"][:8]])
 assert np.allclose(reloaded, after[:8], atol=1e-4)
-np.abs(reloaded - after[:8]).max()
+float(np.abs(reloaded - after[:8]).max())
 
 # %% [markdown]
 # The largest difference in a probability is rounding. Now try to fool it: type a sentence of your own, and press the button.
@@ -982,7 +984,7 @@ which lies at the steep left end of the data-efficiency curve: a fine-tuned mode
 there and every further label is worth much. I would start with the prompted chat model, which
 needs none, and let people correct its answers for a few weeks. Those corrections are labelled
 letters of exactly the right kind. At 50,000 letters a day even a fraction of a cent is some
-hundred dollars a day, whereas a fine-tuned encoder labels thousands a second on the one GPU. So
+hundred dollars a day, whereas a fine-tuned encoder labels them on the one GPU. So
 I would fine-tune once a thousand or more labels are there and compare both on the same held-out
 letters, with confidence intervals. To be measured first: how often desks are confused and what
 each confusion costs, how good the prompt is, and whether letters may be sent outside.
@@ -1043,7 +1045,7 @@ _ = axes[1].set_ylim(0, 1)
 #
 # ## Summary
 #
-# - A pretrained encoder with a random head scores like guessing; a few hundred labels and a minute or so turn what it knows into a classifier.
+# - A pretrained encoder with a random head scores like guessing; a few hundred labels and a short training turn what it knows into a classifier.
 # - Warm-up protects the body from the random head; early stopping keeps the best weights; padding by length saves work for nothing.
 # - Accuracy on a few hundred items is an interval. Confusion matrix and hard items say more than one more digit.
 # - Pre-training is paid for in text nobody had to label, and saves labels: most where you have fewest.
@@ -1107,7 +1109,7 @@ def after_passes(passes: int) -> tuple[float, float]:
 
 
 # %%
-passes = [6, 12, 40]
+passes = [5, 10, 30]
 own, unseen = zip(*[after_passes(number) for number in passes])
 ax = plots.lines(
     {"the 64 items, as labelled": (passes, own), "validation": (passes, unseen)},
@@ -1118,4 +1120,5 @@ ax = plots.lines(
 _ = ax.set_ylim(0, 1)
 
 # %% [markdown]
-# @@OVERFIT@@
+# On tiny the model ends by repeating all 64 labels, the wrong ones included, while validation has stopped gaining (one seed: 0.80 after 10 passes, 0.78 after 30). What is wrong is
+# learnt last, because nothing else supports it. So stopping where validation is best, as Trainer did above, costs nothing and cures much; more and cleaner labels cure the rest.
