@@ -185,3 +185,25 @@ def test_real_ag_news_and_imdb_load_from_the_folder_a_student_names(plan, real_d
         loaded = load_task(task, plan, str(real_data / task))
         assert len(loaded.train) == plan.train_rows
         assert set(loaded.train["label"]) == set(range(len(LABELS[task])))
+
+
+@pytest.mark.parametrize("profile", ["colab", "full"])
+def test_on_a_gpu_profile_the_hubs_data_set_comes_in_the_same_shape(monkeypatch, profile):
+    from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+
+    asked = []
+
+    def hub(name):
+        asked.append(name)
+        features = Features(
+            {"text": Value("string"), "label": ClassLabel(names=["World", "Sports", "Business", "Sci/Tech"])}
+        )
+        rows = {"text": [f"story {n}" for n in range(400)], "label": [n % 4 for n in range(400)]}
+        return DatasetDict({split: Dataset.from_dict(rows, features=features) for split in ("train", "test")})
+
+    monkeypatch.setattr("datasets.load_dataset", hub)
+    task = load_task("ag_news", make_plan(LESSON, profile, hardware=MACHINES["A100"]))
+    assert asked == ["fancyzhx/ag_news"]
+    assert task.train.column_names == ["text", "label", "hard"]
+    assert (len(task.train), len(task.validation), len(task.test)) == (320, 80, 400)
+    assert "the Hub's fancyzhx/ag_news" in repr(task)
