@@ -320,7 +320,8 @@ def test_the_solved_notebook_learns_on_tiny_within_its_budget(tmp_path):
     assert result["values"]["before"] <= 0.40
     assert result["values"]["after"] >= 0.80
     assert result["peak_bytes"] <= 3e9
-    assert result["time_s"] <= 180  # 90 s on two free cores; the suite shares them
+    # 90 s on two free cores (docs/measurements.md); here it has one thread, and a noisy neighbour in the other worker.
+    assert result["time_s"] <= 270
     text = outputs(tmp_path / f"{LESSON}.ipynb")
     assert text.count('"status": "passed"') >= 6
     assert '"name": "stderr"' not in text, "something wrote to stderr"
