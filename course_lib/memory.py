@@ -91,8 +91,8 @@ def training_memory(
     """Return what full fine-tuning of a classifier with Adam and float32 weights holds, in bytes.
 
     ``value_bytes`` is the size of the activations (2 under mixed precision, which also keeps a 16-bit copy of the
-    matrices). ``runtime`` is what the libraries take before any tensor: 0.9 GB resident for the notebook's imports
-    on a CPU (measured), 0.6 GB for a CUDA context (assumed).
+    matrices). ``runtime`` is what the process holds besides: 0.9 GB on a CPU, of which the notebook's imports are 0.64
+    (measured) and the rest is for torch's kernels and earlier cells (assumed); 0.6 GB for a CUDA context (assumed).
     """
     parameters = shape.num_parameters(num_labels)
     weights = 4 * parameters + (value_bytes * parameters if value_bytes < 4 else 0)

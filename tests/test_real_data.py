@@ -55,7 +55,7 @@ def test_the_same_notebook_runs_on_real_rows_of_the_folder_one_names(subset, tmp
     found = values_of(notebook)
     assert found["metric"] == f"accuracy, {task}"
     assert str(folder) in notebook.read_text()
-    # 300 rows teach the miniature something about real text: measured 0.6 to 0.7 (four classes), about 0.6 (two).
+    # Measured once with 300 training rows: 0.745 of 200 AG News items (before 0.290), 0.665 of 200 reviews (before 0.540).
     assert found["after"] > (0.45 if task == "ag_news" else 0.50)
 
 
