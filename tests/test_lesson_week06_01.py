@@ -86,7 +86,7 @@ WRONG = {
         "cosine from step 0": (
             "import math\ndef learning_rate(step, warmup, total, peak):\n    if step < warmup:\n        return peak * step / warmup\n"
             "    return peak / 2 * (1 + math.cos(math.pi * step / total))",
-            "",
+            "is progress 0 there",
         ),
         "ramp one step late": (
             "import math\ndef learning_rate(step, warmup, total, peak):\n    if step <= warmup:\n        return peak * step / (warmup + 1)\n"
@@ -101,7 +101,7 @@ WRONG = {
         "twice the height": (
             "import math\ndef learning_rate(step, warmup, total, peak):\n    if step < warmup:\n        return peak * step / warmup\n"
             "    return peak * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))",
-            "",
+            "the half in front",
         ),
     },
     "1.4": {
@@ -320,8 +320,8 @@ def test_the_solved_notebook_learns_on_tiny_within_its_budget(tmp_path):
     assert result["values"]["before"] <= 0.40
     assert result["values"]["after"] >= 0.80
     assert result["peak_bytes"] <= 3e9
-    # 90 s on two free cores (docs/measurements.md); here it has one thread, and a noisy neighbour in the other worker.
-    assert result["time_s"] <= 270
+    # 90 s on two free cores (docs/measurements.md); here it has one thread, beside another worker.
+    assert result["time_s"] <= 180
     text = outputs(tmp_path / f"{LESSON}.ipynb")
     assert text.count('"status": "passed"') >= 6
     assert '"name": "stderr"' not in text, "something wrote to stderr"
