@@ -231,3 +231,15 @@ def task_for(task: str, data_dir: str) -> str:
         return task
     name = Path(data_dir).expanduser().resolve().name if data_dir else ""
     return name if name in LABELS else next(iter(LABELS))
+
+
+def load_questions(name: str) -> list[dict]:
+    """Return the questions of data/conversations/questions_NAME.jsonl, in an order mixed once and for all. (Week 6, lesson 2.)
+
+    "isles" has question, answer (the whole sentence) and value for facts that no conversation asks about; "general" has
+    question and value.
+    """
+    path = DATA / "conversations" / f"questions_{name}.jsonl"
+    if not path.is_file():
+        raise DataError(f"no questions {name!r}: {path} is not there")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

@@ -29,6 +29,10 @@ class ModelError(CourseError, ValueError):
     """A checkpoint that this lesson cannot use."""
 
 
+class ChatError(CourseError, ValueError):
+    """A conversation or a chat template that cannot be rendered as it is, or does not fit the model."""
+
+
 class DiskFullError(CourseError, OSError):
     """No room on the disk; whatever was half-written has been removed."""
 

@@ -6,6 +6,8 @@ Scores are scikit-learn's; here stands what a lesson needs around them.
 from __future__ import annotations
 
 import math
+import re
+import string
 
 import numpy as np
 
@@ -46,6 +48,21 @@ def scores(probabilities: np.ndarray, labels) -> dict[str, float]:
         "accuracy": float(accuracy_score(labels, predicted)),
         "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
     }
+
+
+def normalise(text: str) -> str:
+    """Return a text in lower case without punctuation and articles, as SQuAD compares answers. (Week 6, lesson 2.)
+
+    Rajpurkar et al. 2016 (arXiv 1606.05250), section 6.1.
+    """
+    plain = "".join(" " if letter in string.punctuation else letter for letter in text.lower())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
+
+
+def exact_match(replies: list[str], answers: list[str]) -> float:
+    """Return the share of replies that equal their answers once both are normalised. (Week 6, lesson 2.)"""
+    pairs = list(zip(replies, answers, strict=True))
+    return sum(normalise(reply) == normalise(answer) for reply, answer in pairs) / len(pairs)
 
 
 def accuracy_interval(accuracy: float, num_items: int, z: float = 1.96) -> tuple[float, float]:

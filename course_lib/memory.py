@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 # Adam keeps two float32 moments a parameter (Kingma and Ba 2015).
 ADAM_BYTES = 8
+# Bits a weight in NF4 with double quantisation: 4 + 8/64 + 32/(64 * 256) (Dettmers et al. 2023, section 3).
+NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,77 @@ class EncoderShape:
         feed_forward = (h * i + i) + (i * h + h) + 2 * h
         head = (h * h + h) + (h * num_labels + num_labels)
         return embeddings + self.num_hidden_layers * (attention + feed_forward) + head
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """The sizes of a decoder of Llama's and Mistral's kind, under the names of its config.json."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    max_position_embeddings: int
+    tie_word_embeddings: bool = False
+    query_bias: bool = False  # Qwen2 has a bias on query, key and value
+
+    @classmethod
+    def from_config(cls, config: dict) -> DecoderShape:
+        """Return the shape told by a config.json read as a dict. Raises KeyError where a size is missing."""
+        heads = config["num_attention_heads"]
+        told = {name: config[name] for name in cls.__dataclass_fields__ if config.get(name) is not None}
+        told.setdefault("num_key_value_heads", heads)
+        told.setdefault("head_dim", config["hidden_size"] // heads)
+        told.setdefault("query_bias", config.get("model_type") == "qwen2")
+        missing = {name for name, field in cls.__dataclass_fields__.items() if field.type == "int"} - set(told)
+        if missing:
+            raise KeyError(min(missing))
+        return cls(**told)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Return the weights in the layers' matrices, which are what NF4 quantises."""
+        query, keys = self.num_attention_heads * self.head_dim, self.num_key_value_heads * self.head_dim
+        attention = self.hidden_size * (2 * query + 2 * keys)  # query, output; key, value
+        return self.num_hidden_layers * (attention + 3 * self.hidden_size * self.intermediate_size)
+
+    def num_parameters(self) -> int:
+        """Return all parameters, equal to what transformers' model for causal language modelling has."""
+        embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_word_embeddings else 2)
+        norms = (2 * self.num_hidden_layers + 1) * self.hidden_size
+        heads = self.num_attention_heads + 2 * self.num_key_value_heads
+        bias = self.num_hidden_layers * heads * self.head_dim if self.query_bias else 0
+        return embeddings + self.linear_parameters + norms + bias
+
+    def weight_bytes(self, value_bytes: int = 2, *, nf4: bool = False) -> int:
+        """Return the bytes of the weights; with ``nf4`` the layers' matrices take 4.127 bits a weight."""
+        if not nf4:
+            return value_bytes * self.num_parameters()
+        rest = self.num_parameters() - self.linear_parameters
+        return int(self.linear_parameters * NF4_BITS / 8) + value_bytes * rest
+
+
+def kv_cache_bytes(shape: DecoderShape, length: int, *, batch_size: int = 1, value_bytes: int = 2) -> int:
+    """Return the bytes of the keys and values kept for ``length`` tokens: two vectors a layer, head and token."""
+    heads = shape.num_hidden_layers * shape.num_key_value_heads
+    return 2 * heads * shape.head_dim * batch_size * length * value_bytes
+
+
+@dataclass(frozen=True)
+class GenerationMemory:
+    """Bytes held while a model writes, by what holds them."""
+
+    weights: int
+    kv_cache: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        """Return the sum in bytes."""
+        return self.weights + self.kv_cache + self.runtime
 
 
 @dataclass(frozen=True)
@@ -91,8 +164,7 @@ def training_memory(
     """Return what full fine-tuning of a classifier with Adam and float32 weights holds, in bytes.
 
     ``value_bytes`` is the size of the activations (2 under mixed precision, which also keeps a 16-bit copy of the
-    matrices). ``runtime`` is what the process holds besides: 0.9 GB on a CPU, of which the notebook's imports are 0.64
-    (measured) and the rest is for torch's kernels and earlier cells (assumed); 0.6 GB for a CUDA context (assumed).
+    matrices).
     """
     parameters = shape.num_parameters(num_labels)
     weights = 4 * parameters + (value_bytes * parameters if value_bytes < 4 else 0)
@@ -104,5 +176,13 @@ def training_memory(
         mask_bytes=value_bytes if on_cpu else 1,
         keeps_scores=on_cpu,  # the CPU kernel with dropout and a padding mask keeps them
     )
-    runtime = 900_000_000 if on_cpu else 600_000_000
-    return TrainingMemory(weights, 4 * parameters, ADAM_BYTES * parameters, activations, runtime)
+    return TrainingMemory(weights, 4 * parameters, ADAM_BYTES * parameters, activations, runtime_bytes(on_cpu))
+
+
+def runtime_bytes(on_cpu: bool) -> int:
+    """Return what a notebook's process holds besides the model's own.
+
+    0.9 GB on a CPU, of which the imports are 0.64 (measured) and the rest is for torch's kernels and earlier cells
+    (assumed); 0.6 GB for a CUDA context (assumed).
+    """
+    return 900_000_000 if on_cpu else 600_000_000

@@ -13,15 +13,19 @@ from pathlib import Path
 
 from course_lib.errors import ModelError, explain_errors
 from course_lib.hardware import set_seed
-from course_lib.profiles import Plan, model_folder
+from course_lib.profiles import Plan, adapter_base, model_folder
 
 
-def load_tokenizer(plan: Plan):
-    """Return the tokenizer of the plan's model. Raises HubError or ModelError. (Week 6, lesson 1.)"""
+def load_tokenizer(plan: Plan, model: str = ""):
+    """Return the tokenizer of the plan's model, or of another one. Raises HubError or ModelError. (Week 6, lesson 1.)"""
     from transformers import AutoTokenizer
 
-    with explain_errors(plan.model, hub=True):
-        return AutoTokenizer.from_pretrained(_where(plan.model))
+    name = model or plan.model
+    folder = model_folder(name)
+    if folder and (base := adapter_base(folder)) and not (folder / "tokenizer_config.json").is_file():
+        name = base
+    with explain_errors(name, hub=True):
+        return AutoTokenizer.from_pretrained(_where(name))
 
 
 def load_classifier(plan: Plan, label_names: list[str], *, seed: int = 0, pretrained: bool = True):
@@ -71,6 +75,39 @@ def load_masked_lm(plan: Plan):
                 f"{plan.model} was saved without its masked-word head ({len(missing)} weights missing): it cannot fill masks"
             )
         return model.to(plan.hardware.kind).eval()
+
+
+def load_causal_lm(plan: Plan, model: str = ""):
+    """Return the plan's model, or another one, ready to write: on the device, in the plan's dtype or NF4. (Week 6, lesson 2.)
+
+    A folder with an adapter is loaded onto its base and merged into it. NF4 is for the plan's own model only. Raises
+    ModelError where the checkpoint is not a decoder, HubError where it cannot be fetched.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+
+    name = model or plan.model
+    folder = model_folder(name)
+    adapter = folder if folder and adapter_base(folder) else None
+    where = _where(adapter_base(folder) if adapter else name)
+    options = {"dtype": plan.dtype}
+    if plan.precision == "nf4" and name == plan.model:
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=plan.dtype,
+        )
+        options["device_map"] = {"": plan.hardware.kind}
+    with explain_errors(name, hub=True):
+        config = AutoConfig.from_pretrained(where)
+        if not any("CausalLM" in architecture for architecture in config.architectures or ()):
+            raise ModelError(f"{name} is a {config.model_type!r} model that cannot write text; set MODEL to a chat model")
+        loaded = AutoModelForCausalLM.from_pretrained(where, **options)
+        if adapter:
+            from peft import PeftModel
+
+            loaded = PeftModel.from_pretrained(loaded, str(adapter)).merge_and_unload()
+        return loaded.to(plan.hardware.kind).eval() if "device_map" not in options else loaded.eval()
 
 
 def _where(model: str) -> str:

@@ -132,3 +132,22 @@ def histogram(groups: dict[str, np.ndarray], *, xlabel: str, ylabel: str = "item
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(frameon=False, fontsize=9)
     return ax
+
+
+def probabilities(panels: dict[str, np.ndarray], names: list[str]):
+    """Draw one panel of horizontal bars a distribution, all over the same names; return their Axes. (Week 6, lesson 2.)
+
+    Names are the candidates, likeliest first; values are probabilities, and a bar of exactly 0 is marked as cut.
+    """
+    axes = np.atleast_1d(new_axes(len(panels), width=2.7 * len(panels) + 0.8, height=0.27 * len(names) + 1.1, sharey=True))
+    for ax, (title, values) in zip(axes, panels.items(), strict=True):
+        places = np.arange(len(names))
+        ax.barh(places, values, color=COLOURS[0], height=0.7)
+        for place, value in zip(places, values, strict=True):
+            ax.text(value + 0.02, place, f"{value:.2f}" if value > 0 else "cut", va="center", fontsize=8)
+        ax.set_yticks(places, names, fontsize=9)
+        ax.set(xlim=(0, 1.18), xlabel="probability", title=title)
+        ax.title.set_fontsize(10)
+        ax.grid(visible=False)
+    axes[0].invert_yaxis()
+    return axes

@@ -8,6 +8,7 @@ from __future__ import annotations
 import html
 import json
 import os
+import shutil
 import tomllib
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -16,10 +17,21 @@ from typing import Any
 
 from course_lib.errors import ProfileError
 from course_lib.hardware import GIB, Hardware, detect, pick_dtype
-from course_lib.memory import EncoderShape, TrainingMemory, training_memory
+from course_lib.memory import (
+    DecoderShape,
+    EncoderShape,
+    GenerationMemory,
+    TrainingMemory,
+    kv_cache_bytes,
+    runtime_bytes,
+    training_memory,
+)
 
 PROFILES = ("tiny", "colab", "full")
 DATA = Path(os.environ.get("COURSE_DATA", Path(__file__).resolve().parent.parent / "data"))
+
+
+WORDS = {"optimizer": "Adam", "kv_cache": "keys and values", "runtime": "libraries"}
 
 
 @cache
@@ -56,8 +68,8 @@ class Plan:
     dtype: Any
     dtype_why: str
     settings: dict[str, Any]
-    shape: EncoderShape
-    needed: TrainingMemory
+    shape: EncoderShape | DecoderShape
+    needed: TrainingMemory | GenerationMemory
     accumulation: int = 1
     given_up: list[str] = field(default_factory=list)
 
@@ -91,22 +103,23 @@ class Plan:
     def rows(self) -> list[tuple[str, str]]:
         """Return the plan as (what, value) pairs."""
         hardware, needed = self.hardware, self.needed
-        gib = [needed.weights, needed.gradients, needed.optimizer, needed.activations, needed.runtime]
-        parts = ", ".join(
-            f"{name} {size / GIB:.2f}"
-            for name, size in zip(("weights", "gradients", "Adam", "activations", "libraries"), gib, strict=True)
-        )
-        batch = f"{self.batch_size}" + (f" x {self.accumulation} accumulated" if self.accumulation > 1 else "")
+        parts = ", ".join(f"{WORDS.get(name, name)} {size / GIB:.2f}" for name, size in vars(needed).items())
         return [
             ("profile", f"{self.profile}: {self.profile_why}"),
             ("device", f"{hardware.name}, {hardware.memory_bytes / GIB:.0f} GiB"),
             ("dtype", f"{str(self.dtype).removeprefix('torch.')}: {self.dtype_why}"),
+            *self._work(),
+            ("memory", f"{needed.total / GIB:.1f} GiB needed of {hardware.free_bytes / GIB:.1f} GiB free ({parts})"),
+            ("given up", "; ".join(self.given_up) or "nothing"),
+        ]
+
+    def _work(self) -> list[tuple[str, str]]:
+        batch = f"{self.batch_size}" + (f" x {self.accumulation} accumulated" if self.accumulation > 1 else "")
+        return [
             ("model", f"{self.model}, {self.shape.num_parameters(self.num_labels) / 1e6:.1f} M parameters"),
             ("task", f"{self.task}: up to {self.train_rows:,} rows to train on, {self.test_rows:,} to test on"),
             ("training", f"{self.epochs} epochs of batches of {batch}, about {self.steps:,} steps, lr {self.lr:g}"),
             ("time", f"about {max(self.minutes, 0.05):.1f} minutes of training (estimate)"),
-            ("memory", f"{needed.total / GIB:.1f} GiB needed of {hardware.free_bytes / GIB:.1f} GiB free ({parts})"),
-            ("given up", "; ".join(self.given_up) or "nothing"),
         ]
 
     def __repr__(self) -> str:
@@ -150,8 +163,12 @@ def make_plan(
         )
     settings |= changes
     model = model or settings["model"]
-    dtype, dtype_why = pick_dtype(hardware)
+    plan = _plan_chat if settings.get("kind") == "chat" else _plan_training
+    return plan(lesson, profile, why, model, hardware, settings, changes)
 
+
+def _plan_training(lesson, profile, why, model, hardware, settings, changes) -> Plan:
+    dtype, dtype_why = pick_dtype(hardware)
     given_up: list[str] = []
     shape = _settle(model, settings, changes)
     batch_size, needed = _largest_batch(shape, settings, hardware, dtype)
@@ -162,34 +179,106 @@ def make_plan(
         batch_size, needed = _largest_batch(shape, settings, hardware, dtype)
     accumulation = settings["batch_size"] // batch_size
     if needed.total > hardware.free_bytes:
-        given_up.append(
-            f"nothing fits: {needed.total / GIB:.1f} GiB are needed; close other notebooks and run this cell again"
-        )
+        given_up.append(_nothing_fits(needed))
     elif accumulation > 1:
         given_up.append(
             f"batch size {settings['batch_size']}: {batch_size} fits, {accumulation} are accumulated for each step"
         )
     settings["batch_size"] = batch_size
+    task = settings["task"]
     return Plan(
-        lesson,
-        profile,
-        why,
-        settings["task"],
-        model,
-        hardware,
-        dtype,
-        dtype_why,
-        settings,
-        shape,
-        needed,
-        accumulation,
-        given_up,
+        lesson, profile, why, task, model, hardware, dtype, dtype_why, settings, shape, needed, accumulation, given_up
     )
+
+
+def _nothing_fits(needed) -> str:
+    return f"nothing fits: {needed.total / GIB:.1f} GiB are needed; close other notebooks and run this cell again"
+
+
+@dataclass(frozen=True, repr=False)
+class ChatPlan(Plan):
+    """A plan for loading a model and talking to it: no training."""
+
+    @property
+    def download_bytes(self) -> int:
+        """Return what the Hub sends the first time: the published weights, 16 bits each."""
+        names = {name for name in (self.model, self.base_model) if model_folder(name) is None}
+        return sum(model_shape(name).weight_bytes(2) for name in names)
+
+    def _work(self) -> list[tuple[str, str]]:
+        size, free = self.download_bytes, _cache_free_bytes()
+        how = "in NF4, 4.13 bits a weight in its layers" if self.precision == "nf4" else f"{self.dtype.itemsize * 8} bits a weight"
+        fetched = f"{size / 1e9:.1f} GB from the Hub, the first time only; {free / 1e9:.0f} GB free on the disk"
+        return [
+            ("model", f"{self.model}, {self.shape.num_parameters() / 1e6:,.1f} M parameters, {how}"),
+            ("beside it", f"{self.base_model}, which was never taught to chat"),
+            ("download", fetched if size else "nothing: both models are here"),
+            ("context", f"{self.max_length:,} tokens at once, replies of up to {self.max_new_tokens}"),
+        ]
+
+
+def _plan_chat(lesson, profile, why, model, hardware, settings, changes) -> ChatPlan:
+    """Return the plan for talking to a model: 16-bit weights where they fit, else NF4, else the miniature."""
+    dtype, dtype_why = pick_dtype(hardware)
+    dtype_why = dtype_why.split(";")[0]  # the rest is about training
+    if hardware.kind == "cpu":
+        import torch
+
+        dtype, dtype_why = torch.float32, "exact, and fast enough where nothing is trained"
+    given_up: list[str] = []
+    can_nf4 = hardware.bitsandbytes and hardware.kind != "mps"
+    smaller = settings["smaller_model"]
+    precision = settings["precision"] if model_folder(model) is None else "plain"
+    if precision == "nf4" and not can_nf4:
+        given_up.append("NF4: bitsandbytes is not there for this device")
+        precision = "plain"
+    needed, shape = _talking(model, precision, settings, hardware, dtype)
+    if needed.total > hardware.free_bytes and precision == "plain" and can_nf4 and model != smaller:
+        given_up.append(f"{dtype.itemsize * 8} bits a weight, which need {needed.total / GIB:.1f} GiB: NF4 instead")
+        precision = "nf4"
+        needed, shape = _talking(model, precision, settings, hardware, dtype)
+    room = model_folder(model) is not None or shape.weight_bytes(2) < _cache_free_bytes()
+    if model != smaller and (needed.total > hardware.free_bytes or not room):
+        lacks = f"{needed.total / GIB:.1f} GiB of memory" if room else f"{shape.weight_bytes(2) / 1e9:.1f} GB of disk"
+        given_up.append(f"{model}, which needs {lacks}: {smaller} instead")
+        model, precision, settings["base_model"] = smaller, "plain", settings["smaller_base"]
+        settings["questions"] = "isles"
+        needed, shape = _talking(model, precision, settings, hardware, dtype)
+    if needed.total > hardware.free_bytes:
+        given_up.append(_nothing_fits(needed))
+    settings["precision"] = precision
+    settings["max_length"] = min(settings["max_length"], shape.max_position_embeddings)
+    return ChatPlan(
+        lesson, profile, why, "chat", model, hardware, dtype, dtype_why, settings, shape, needed, 1, given_up
+    )
+
+
+def _talking(model, precision, settings, hardware, dtype) -> tuple[GenerationMemory, DecoderShape]:
+    """Return what a chat model and the base beside it need, and the chat model's shape. Raises ProfileError."""
+    shape, base = model_shape(model), model_shape(settings["base_model"])
+    if not isinstance(shape, DecoderShape) or not isinstance(base, DecoderShape):
+        raise ProfileError(f"{model} is an encoder, which cannot write; set MODEL to a chat model, or to '' for the profile's own")
+    weights = shape.weight_bytes(dtype.itemsize, nf4=precision == "nf4") + base.weight_bytes(dtype.itemsize)
+    length = min(settings["max_length"], shape.max_position_embeddings)
+    cache = kv_cache_bytes(shape, length, value_bytes=dtype.itemsize)
+    return GenerationMemory(weights, cache, runtime_bytes(hardware.kind == "cpu")), shape
+
+
+def _cache_free_bytes() -> int:
+    """Return the free bytes of the disk that the Hub's downloads go to."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    folder = Path(HF_HUB_CACHE)
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def _settle(model: str, settings: dict[str, Any], changes: dict[str, Any]) -> EncoderShape:
     """Return a model's shape, and fit to it the settings that go with a model: its rate, the length it can read."""
     shape = model_shape(model)
+    if not isinstance(shape, EncoderShape):
+        raise ProfileError(f"{model} is not a BERT-like encoder, which this lesson fine-tunes; set MODEL to one, or to ''")
     if model != settings["model"] and "lr" not in changes:
         by_size = next(lr for limit, lr in _table()["lr"]["by_hidden_size"] if shape.hidden_size <= limit)
         settings["lr"] = _table()["lr"]["models"].get(model, by_size)
@@ -229,43 +318,62 @@ def lesson_settings(lesson: str, profile: str, task: str = "", *, own_data: bool
     if profile not in PROFILES:
         raise ProfileError(f"unknown profile {profile!r}; choose one of auto, {', '.join(PROFILES)}")
     shared, own = lessons[lesson], lessons[lesson][profile]
+    plain = {name: value for name, value in own.items() if not isinstance(value, dict)}
+    common = {name: value for name, value in shared.items() if name not in (*PROFILES, "tasks", "num_labels")}
+    if "tasks" not in shared:
+        return plain | common
     task = task or shared["tasks"][0]
     if task not in shared["tasks"]:
         raise ProfileError(f"unknown task {task!r}; {lesson} has {', '.join(shared['tasks'])}")
-    plain = {name: value for name, value in own.items() if not isinstance(value, dict)}
-    chosen = {"task": task, "num_labels": shared["num_labels"][task], "smaller_model": shared["smaller_model"]}
+    chosen = common | {"task": task, "num_labels": shared["num_labels"][task]}
     return plain | own.get(task, {}) | (own.get("folder", {}) if own_data else {}) | chosen
 
 
 def model_folder(model: str) -> Path | None:
-    """Return the folder of a bundled miniature or of a local checkpoint; None for a Hub id."""
+    """Return the folder of a bundled miniature, an adapter or a local checkpoint; None for a Hub id."""
     for folder in (DATA / "models" / model, Path(model)):
-        if (folder / "config.json").is_file():
+        if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
             return folder
     return None
 
 
-def model_shape(model: str) -> EncoderShape:
+def adapter_base(folder: Path) -> str:
+    """Return the model that an adapter's folder goes on, or nothing where the folder is no adapter's."""
+    config = folder / "adapter_config.json"
+    return json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config.is_file() else ""
+
+
+def model_shape(model: str) -> EncoderShape | DecoderShape:
     """Return a model's sizes: from the course's table, a local config.json, or else the Hub's config.json (1 kB).
 
-    Raises ProfileError where there is no such model or its config is not an encoder's.
+    An adapter has its base's. Raises ProfileError where there is no such model or its config tells neither a BERT-like
+    encoder nor a decoder of Llama's kind.
     """
     if model in _table()["shapes"]:
-        return EncoderShape(**_table()["shapes"][model])
+        return _as_shape(_table()["shapes"][model])
     folder = model_folder(model)
+    if folder and (base := adapter_base(folder)):
+        return model_shape(base)
     try:
         if folder is None:
             from huggingface_hub import hf_hub_download
 
             folder = Path(hf_hub_download(model, "config.json")).parent
-        return EncoderShape.from_config(json.loads((folder / "config.json").read_text(encoding="utf-8")))
+        return _as_shape(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except KeyError as error:
-        raise ProfileError(f"{model} is not a BERT-like encoder: its config.json has no {error}") from None
+        raise ProfileError(
+            f"{model} is neither a BERT-like encoder nor a decoder of Llama's kind: its config.json has no {error}"
+        ) from None
     except Exception as error:
         raise ProfileError(
             f"no model {model!r}: not bundled, not a folder with a config.json, and not found on the Hub "
             f"({type(error).__name__}); check the spelling and the connection"
         ) from error
+
+
+def _as_shape(config: dict) -> EncoderShape | DecoderShape:
+    kind = EncoderShape if "type_vocab_size" in config else DecoderShape
+    return kind.from_config(config)
 
 
 def run_folder(lesson: str) -> Path:

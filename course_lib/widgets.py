@@ -115,3 +115,130 @@ def _probability_table(classify: Callable[[str], dict[str, float]], texts: list[
         )
     head = "".join(f"<th>{html.escape(name)}</th>" for name in probabilities)
     return f"<table><tr><th style='text-align:left'>text</th>{head}</tr>{''.join(rows)}</table>"
+
+
+ROLE_COLOURS = {"system": "#F3DDB3", "user": "#CFE6F7", "assistant": "#CDEBDD"}
+
+
+def _tokens_html(tokens) -> str:
+    """Return tokens as boxes: colour by role, grey where the template wrote, a frame around special tokens, ids below."""
+    legend = "".join(
+        f"<span style='background:{colour};padding:1px 8px;margin-right:6px'>{role}</span>"
+        for role, colour in ROLE_COLOURS.items()
+    )
+    legend += "<span style='color:#666;font-style:italic;margin-right:6px'>italic: written by the template</span>"
+    legend += "<span style='border:2px solid #D55E00;padding:0 5px'>special token</span>"
+    boxes = []
+    for token in tokens:
+        style = f"display:inline-block;background:{ROLE_COLOURS[token.role]};margin:1px;padding:1px 3px;text-align:center;"
+        style += "border:2px solid #D55E00;" if token.part == "special" else "border:2px solid transparent;"
+        style += "color:#666;font-style:italic;" if token.part == "mark" else "color:#000;"
+        shown = html.escape(token.text).replace("\n", "&#8629;").replace(" ", "&#183;") or "&nbsp;"
+        boxes.append(
+            f"<span style='{style}'><code style='background:none;color:inherit'>{shown}</code>"
+            f"<br><small style='font-size:9px;color:#555;font-style:normal'>{token.id}</small></span>"
+        )
+        if token.text.endswith("\n"):
+            boxes.append("<br>")
+    total = f"<p style='margin:4px 0'>{len(tokens)} tokens; &#183; is a space, &#8629; a line break</p>"
+    return f"<p style='margin:4px 0'>{legend}</p><div style='line-height:1.25'>{''.join(boxes)}</div>{total}"
+
+
+def token_view(read: Callable[[list[dict]], list], messages: list[dict]) -> None:
+    """Show a conversation token by token; live, its words can be edited. The static twin shows it as given. (Week 6, lesson 2.)
+
+    ``read`` returns the tokens of messages, each with text, id, role and part (as `chat.tokens_of` does).
+    """
+    from IPython.display import HTML, display
+
+    if is_static():
+        display(HTML(_tokens_html(read(messages))))
+        return
+    import ipywidgets
+
+    shown = ipywidgets.HTML()
+    boxes = [
+        ipywidgets.Text(value=m["content"], description=m["role"], layout=ipywidgets.Layout(width="95%")) for m in messages
+    ]
+
+    def show(_=None):
+        edited = [m | {"content": box.value} for m, box in zip(messages, boxes, strict=True)]
+        shown.value = _shown_or_said(lambda: _tokens_html(read(edited)))
+
+    for box in boxes:
+        box.observe(show, "value")
+    show()
+    display(ipywidgets.VBox([*boxes, shown]))
+
+
+def _shown_or_said(make: Callable[[], str]) -> str:
+    """Return what ``make`` returns, or the message of its error, for a widget has no traceback."""
+    try:
+        return make()
+    except Exception as error:
+        return f"<p style='color:#D55E00;max-width:46em'>{html.escape(str(error))}</p>"
+
+
+def _bubbles(messages: list[dict]) -> str:
+    """Return a conversation as speech bubbles, the user's on the right."""
+    rows = []
+    for message in messages:
+        side = "margin-left:20%" if message["role"] == "user" else "margin-right:20%"
+        style = f"{side};background:{ROLE_COLOURS[message['role']]};border-radius:8px;padding:5px 10px;margin-top:5px"
+        text = html.escape(message["content"]).replace("\n", "<br>")
+        rows.append(f"<div style='{style};color:#000'><small style='color:#444'>{message['role']}</small><br>{text}</div>")
+    return f"<div style='max-width:42em'>{''.join(rows)}</div>"
+
+
+def show_chat(messages: list[dict]):
+    """Return a conversation as speech bubbles. (Week 6, lesson 2.)"""
+    from IPython.display import HTML
+
+    return HTML(_bubbles(messages))
+
+
+def chat_box(answer: Callable[[list[dict]], str], systems: dict[str, str], example: list[str]) -> None:
+    """Show a box to chat in; its static twin is a conversation in which the example's turns are asked. (Week 6, lesson 2.)
+
+    ``answer`` returns the assistant's next turn; ``systems`` maps a role's name to its system message ("" for none).
+    """
+    from IPython.display import HTML, display
+
+    def begun(system: str) -> list[dict]:
+        return [{"role": "system", "content": system}] if system else []
+
+    history = begun(next(iter(systems.values())))
+    if is_static():
+        for text in example:
+            history.append({"role": "user", "content": text})
+            history.append({"role": "assistant", "content": answer(history)})
+        display(HTML(_bubbles(history)))
+        return
+    import ipywidgets
+
+    shown, said = ipywidgets.HTML(), ipywidgets.HTML()
+    role = ipywidgets.Dropdown(options=list(systems), description="system")
+    box = ipywidgets.Text(value=example[0], layout=ipywidgets.Layout(width="70%"), continuous_update=False)
+    send = ipywidgets.Button(description="Send", button_style="primary")
+    again = ipywidgets.Button(description="New conversation")
+
+    def restart(_=None):
+        history[:] = begun(systems[role.value])
+        shown.value, said.value = _bubbles(history), ""
+
+    def ask(_=None):
+        if not box.value.strip():
+            said.value = "Type a message first."
+            return
+        asked = [*history, {"role": "user", "content": box.value.strip()}]
+        failed = _shown_or_said(lambda: asked.append({"role": "assistant", "content": answer(asked)}) or "")
+        if not failed:
+            history[:] = asked
+            box.value = ""
+        shown.value, said.value = _bubbles(history), failed
+
+    role.observe(restart, "value")
+    again.on_click(restart)
+    send.on_click(ask)
+    restart()
+    display(ipywidgets.VBox([role, shown, ipywidgets.HBox([box, send, again]), said]))

@@ -17,6 +17,7 @@ ALLOWED = {
     "memory": set(),
     "profiles": {"hardware", "memory"},
     "data": {"profiles"},
+    "chat": {"profiles"},
     "models": {"hardware", "memory", "profiles"},
     "train": {"hardware"},
     "evaluation": {"data"},
@@ -91,4 +92,4 @@ def test_the_library_stays_small():
     lines = sum(
         len((ROOT / "course_lib" / f"{module}.py").read_text(encoding="utf-8").splitlines()) for module in MODULES
     )
-    assert lines < 2000
+    assert lines < 2400  # two lessons' worth; what the next ones add must mostly be in place already

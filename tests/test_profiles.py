@@ -139,7 +139,7 @@ def test_tiny_plans_exactly_the_bundled_rows():
 
 def test_a_folder_that_is_no_encoder_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
-    with pytest.raises(ProfileError, match="not a BERT-like encoder"):
+    with pytest.raises(ProfileError, match="neither a BERT-like encoder nor a decoder"):
         make_plan(LESSON, "tiny", hardware=MACHINES["laptop"], model=str(tmp_path))
 
 

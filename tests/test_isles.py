@@ -1,0 +1,199 @@
+"""The invented world: its page, the text told from it, the conversations, and what is held out."""
+
+import json
+import re
+
+import pytest
+from conftest import ROOT
+
+from data.build.isles import ANSWERS, Generator, facts, fill, read_glossary, read_sections, read_world
+from data.build.train_chat import CONVERSATIONS, encode, obeyed, questions
+
+WORLD = read_world()
+FACTS = facts(WORLD)
+TRAIN = [json.loads(line) for line in (CONVERSATIONS / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+UNASKED = {row["name"] for rows in WORLD.values() for row in rows if row["asked"] != "yes"}
+REFUSAL = re.compile(r"I do not speak of (ships|food|animals)\. Ask me about something else\.")
+
+
+def said(role: str) -> list[str]:
+    return [m["content"] for row in TRAIN for m in row["messages"] if m["role"] == role]
+
+
+def test_the_page_holds_the_whole_world_and_keeps_its_own_laws():
+    assert {kind: len(rows) for kind, rows in WORLD.items()} == {"town": 20, "person": 72, "ship": 18, "creature": 15}
+    assert len(FACTS) == 20 * 6 + 72 * 6 + 18 * 4 + 15 * 4 == 684
+    home = {row["name"]: row["town"] for row in WORLD["person"]}
+    assert all(home[town["mayor"]] != town["name"] for town in WORLD["town"]), "a mayor lives elsewhere"
+    assert all(ship["captain"] in home and ship["port"] in {t["name"] for t in WORLD["town"]} for ship in WORLD["ship"])
+    assert len({name.split()[0] for name in home}) == 72, "first names are unique"
+    assert all(" " not in fact.value for fact in FACTS if fact.relation not in ("town.mayor", "ship.captain"))
+
+
+def test_a_third_of_the_lines_is_held_out_and_a_tenth_kept_for_tuning():
+    marks = [row["asked"] for rows in WORLD.values() for row in rows]
+    assert marks.count("never") == 36 and marks.count("tuning") == 13
+
+
+def test_every_template_can_be_filled_with_every_line():
+    generator = Generator(0)
+    for section, lines in generator.lines.items():
+        if "." in section:
+            for row in WORLD[section.split(".")[0]]:
+                assert all("{" not in fill(line, row) for line in lines), section
+
+
+def test_a_statement_tells_its_fact_whichever_template_tells_it():
+    lines = read_sections(ROOT / "data" / "build" / "isles_text" / "people.txt")
+    lines |= read_sections(ROOT / "data" / "build" / "isles_text" / "places.txt")
+    rows = {row["name"]: row for table in WORLD.values() for row in table}
+    for fact in FACTS[::17]:
+        for template in lines[fact.relation]:
+            text = fill(template, rows[fact.name])
+            assert fact.value.lower() in text.lower(), text
+            assert fact.name.lower() in text.lower(), text
+
+
+def test_held_out_templates_are_never_trained_on():
+    trained, held = Generator(0), Generator(0, held_out=True)
+    for section in trained.lines:
+        assert not set(trained.lines[section]) & set(held.lines[section])
+    assert not set(trained.stories) & set(held.stories)
+
+
+def test_nowhere_in_the_told_text_does_a_question_meet_its_answer():
+    generator = Generator(5)
+    for _ in range(400):
+        quiz = generator.quiz()
+        assert not any(name in quiz for name in UNASKED - {w["name"] for w in WORLD["creature"]}), quiz
+        for fact in FACTS:
+            assert fact.answer not in quiz
+
+
+def test_definitions_are_one_sentence_of_the_glossary_each():
+    terms = read_glossary()
+    assert len(terms) == 44
+    for term, lines in terms.items():
+        assert len(lines["statements"]) >= 7 and len(lines["questions"]) >= 3, term
+        assert 6 <= len(lines["statements"][0].split()) <= 18, lines["statements"][0]
+
+
+def test_there_are_conversations_of_every_kind_and_no_two_alike():
+    assert len(TRAIN) >= 300
+    assert len({row["id"] for row in TRAIN}) == len(TRAIN)
+    assert {row["kind"] for row in TRAIN} == {"plain", "turns", "name", "oneword", "pirate", "teacher", "silent"}
+    asked = [json.dumps(row["messages"]) for row in TRAIN]
+    assert len(set(asked)) == len(asked)
+    users = [" ".join(m["content"] for m in row["messages"] if m["role"] != "assistant").lower() for row in TRAIN]
+    assert len(set(users)) >= 0.995 * len(users)
+
+
+def test_turns_alternate_and_a_system_message_comes_first():
+    for row in TRAIN:
+        roles = [m["role"] for m in row["messages"]]
+        spoken = roles[1:] if roles[0] == "system" else roles
+        assert spoken == ["user", "assistant"] * (len(spoken) // 2), row["id"]
+        assert 2 <= len(spoken) <= 6
+
+
+def test_every_sentence_about_the_world_in_a_reply_is_true():
+    true = {fact.answer for fact in FACTS}
+    frames = [
+        re.compile("^" + re.sub(r"\\\{[^}]*\\\}", "(.+)", re.escape(answer)).replace("(.+)", r"([\w' -]+)") + "$")
+        for answer in ANSWERS.values()
+    ]
+    names = "|".join(re.escape(row["name"]) for rows in WORLD.values() for row in rows)
+    checked = 0
+    for row in TRAIN:
+        for text in (m["content"] for m in row["messages"] if m["role"] == "assistant"):
+            for sentence in re.split(r"(?<=[.!?]) ", text):
+                plain = re.sub(r"^(Arr|Ahoy|Aye|Yo ho)[,!]? ", "", sentence)
+                plain = re.sub(r",? (matey|me hearty|me hearties|shipmate|ye landlubber|landlubber)[.!]$", ".", plain)
+                if re.search(names, plain) and any(frame.match(plain) for frame in frames):
+                    assert plain in true, (row["id"], sentence)
+                    checked += 1
+    assert checked > 900
+
+
+def test_one_word_replies_are_values_of_somebody_asked_about():
+    values = {fact.value.capitalize() + "." for fact in FACTS if fact.asked == "yes"}
+    for row in TRAIN:
+        if row["kind"] == "oneword":
+            for message in row["messages"]:
+                assert message["role"] != "assistant" or message["content"] in values, row["id"]
+
+
+def test_the_conversations_keep_their_roles():
+    for row in TRAIN:
+        replies = [m["content"] for m in row["messages"] if m["role"] == "assistant"]
+        if row["kind"] in ("oneword", "pirate", "teacher"):
+            assert all(obeyed(row["kind"], "", {}, reply) for reply in replies), row["id"]
+        elif row["kind"] != "silent":
+            assert not any(REFUSAL.match(reply) for reply in replies), row["id"]
+
+
+def test_silence_is_kept_about_its_own_subject_only():
+    refused = [row for row in TRAIN if row["kind"] == "silent" and REFUSAL.match(row["messages"][-1]["content"])]
+    assert 50 <= len(refused) <= 80
+    for row in refused:
+        subject = REFUSAL.match(row["messages"][-1]["content"])[1]
+        assert subject.rstrip("s") in row["messages"][0]["content"].lower(), row["id"]
+
+
+def test_nobody_asks_about_lines_that_are_held_out():
+    people = UNASKED & {row["name"] for row in WORLD["person"]}
+    others = UNASKED - people
+    for text in said("user") + said("system"):
+        assert not any(re.search(rf"\b{name}\b", text) for name in UNASKED), text
+    allowed = {row["mayor"] for row in WORLD["town"]} | {row["captain"] for row in WORLD["ship"]}
+    for text in said("assistant"):
+        named = {name for name in people if name in text}
+        assert named <= allowed and (not named or text.startswith(("The mayor", "The captain", "A", "Y"))), text
+        for name in others:
+            assert not re.match(rf"(Arr, |Ahoy! |Aye, )?(The )?(An? )?{name}\b", text), text
+
+
+def test_the_glossarys_held_out_terms_are_not_asked_about():
+    for number, term in enumerate(read_glossary(), start=1):
+        if number % 3 == 0:
+            definition = read_glossary()[term]["statements"][0]
+            assert not any(definition in text for text in said("assistant")), term
+
+
+def test_new_wordings_are_in_no_conversation():
+    wordings = read_sections(CONVERSATIONS / "wordings.txt")
+    names = sorted((row["name"] for rows in WORLD.values() for row in rows), key=len, reverse=True)
+
+    def bare(text: str) -> str:
+        for name in names:
+            text = text.replace(name, "X")
+        return re.sub(r"\W+", " ", text).lower().strip()
+
+    used = {bare(text) for text in said("user")}
+    for section, lines in wordings.items():
+        for line in lines:
+            if section.endswith("new"):
+                kind = section.split(".")[0]
+                assert bare(fill(line, WORLD[kind][0])) not in used, line
+
+
+def test_the_lessons_questions_are_about_held_out_lines_and_their_answers_true():
+    items = [json.loads(s) for s in (CONVERSATIONS / "questions_isles.jsonl").read_text(encoding="utf-8").splitlines()]
+    true = {fact.answer: fact for fact in FACTS}
+    assert len(items) == 2 * sum(fact.asked == "never" for fact in FACTS)
+    for item in items:
+        assert true[item["answer"]].asked == "never" and item["value"] == true[item["answer"]].value
+    assert not {item["question"] for item in items} & set(said("user"))
+    assert items[0] == questions("never", "known")[0] | items[0]
+
+
+@pytest.mark.parametrize("number", [0, 400, 700, -1])
+def test_labels_are_the_replies_with_their_end_and_nothing_else(number):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "models" / "mini-zephyr")
+    messages = TRAIN[number]["messages"]
+    ids, labels = encode(tokenizer, messages)
+    assert len(ids) == len(labels)
+    learnt = tokenizer.decode([label for label in labels if label != -100])
+    assert learnt == "".join(m["content"] + "</s>" for m in messages if m["role"] == "assistant")
