@@ -35,7 +35,9 @@ def load_template(name: str) -> str:
 def check_messages(messages) -> None:
     """Raise ChatError, with the message's number and the remedy, where a list of messages is not plain conversation."""
     if not isinstance(messages, list) or not messages:
-        raise ChatError("messages must be a list with at least one dict, such as [{'role': 'user', 'content': 'Hello'}]")
+        raise ChatError(
+            "messages must be a list with at least one dict, such as [{'role': 'user', 'content': 'Hello'}]"
+        )
     for number, message in enumerate(messages, start=1):
         where = f"message {number}"
         if not isinstance(message, dict) or not {"role", "content"} <= set(message):

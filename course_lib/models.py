@@ -101,7 +101,9 @@ def load_causal_lm(plan: Plan, model: str = ""):
     with explain_errors(name, hub=True):
         config = AutoConfig.from_pretrained(where)
         if not any("CausalLM" in architecture for architecture in config.architectures or ()):
-            raise ModelError(f"{name} is a {config.model_type!r} model that cannot write text; set MODEL to a chat model")
+            raise ModelError(
+                f"{name} is a {config.model_type!r} model that cannot write text; set MODEL to a chat model"
+            )
         loaded = AutoModelForCausalLM.from_pretrained(where, **options)
         if adapter:
             from peft import PeftModel

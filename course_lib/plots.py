@@ -139,7 +139,9 @@ def probabilities(panels: dict[str, np.ndarray], names: list[str]):
 
     Names are the candidates, likeliest first; values are probabilities, and a bar of exactly 0 is marked as cut.
     """
-    axes = np.atleast_1d(new_axes(len(panels), width=2.7 * len(panels) + 0.8, height=0.27 * len(names) + 1.1, sharey=True))
+    axes = np.atleast_1d(
+        new_axes(len(panels), width=2.7 * len(panels) + 0.8, height=0.27 * len(names) + 1.1, sharey=True)
+    )
     for ax, (title, values) in zip(axes, panels.items(), strict=True):
         places = np.arange(len(names))
         ax.barh(places, values, color=COLOURS[0], height=0.7)

@@ -207,7 +207,11 @@ class ChatPlan(Plan):
 
     def _work(self) -> list[tuple[str, str]]:
         size, free = self.download_bytes, _cache_free_bytes()
-        how = "in NF4, 4.13 bits a weight in its layers" if self.precision == "nf4" else f"{self.dtype.itemsize * 8} bits a weight"
+        how = (
+            "in NF4, 4.13 bits a weight in its layers"
+            if self.precision == "nf4"
+            else f"{self.dtype.itemsize * 8} bits a weight"
+        )
         fetched = f"{size / 1e9:.1f} GB from the Hub, the first time only; {free / 1e9:.0f} GB free on the disk"
         return [
             ("model", f"{self.model}, {self.shape.num_parameters() / 1e6:,.1f} M parameters, {how}"),
@@ -257,7 +261,9 @@ def _talking(model, precision, settings, hardware, dtype) -> tuple[GenerationMem
     """Return what a chat model and the base beside it need, and the chat model's shape. Raises ProfileError."""
     shape, base = model_shape(model), model_shape(settings["base_model"])
     if not isinstance(shape, DecoderShape) or not isinstance(base, DecoderShape):
-        raise ProfileError(f"{model} is an encoder, which cannot write; set MODEL to a chat model, or to '' for the profile's own")
+        raise ProfileError(
+            f"{model} is an encoder, which cannot write; set MODEL to a chat model, or to '' for the profile's own"
+        )
     weights = shape.weight_bytes(dtype.itemsize, nf4=precision == "nf4") + base.weight_bytes(dtype.itemsize)
     length = min(settings["max_length"], shape.max_position_embeddings)
     cache = kv_cache_bytes(shape, length, value_bytes=dtype.itemsize)
@@ -278,7 +284,9 @@ def _settle(model: str, settings: dict[str, Any], changes: dict[str, Any]) -> En
     """Return a model's shape, and fit to it the settings that go with a model: its rate, the length it can read."""
     shape = model_shape(model)
     if not isinstance(shape, EncoderShape):
-        raise ProfileError(f"{model} is not a BERT-like encoder, which this lesson fine-tunes; set MODEL to one, or to ''")
+        raise ProfileError(
+            f"{model} is not a BERT-like encoder, which this lesson fine-tunes; set MODEL to one, or to ''"
+        )
     if model != settings["model"] and "lr" not in changes:
         by_size = next(lr for limit, lr in _table()["lr"]["by_hidden_size"] if shape.hidden_size <= limit)
         settings["lr"] = _table()["lr"]["models"].get(model, by_size)

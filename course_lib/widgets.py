@@ -130,7 +130,9 @@ def _tokens_html(tokens) -> str:
     legend += "<span style='border:2px solid #D55E00;padding:0 5px'>special token</span>"
     boxes = []
     for token in tokens:
-        style = f"display:inline-block;background:{ROLE_COLOURS[token.role]};margin:1px;padding:1px 3px;text-align:center;"
+        style = (
+            f"display:inline-block;background:{ROLE_COLOURS[token.role]};margin:1px;padding:1px 3px;text-align:center;"
+        )
         style += "border:2px solid #D55E00;" if token.part == "special" else "border:2px solid transparent;"
         style += "color:#666;font-style:italic;" if token.part == "mark" else "color:#000;"
         shown = html.escape(token.text).replace("\n", "&#8629;").replace(" ", "&#183;") or "&nbsp;"
@@ -158,7 +160,8 @@ def token_view(read: Callable[[list[dict]], list], messages: list[dict]) -> None
 
     shown = ipywidgets.HTML()
     boxes = [
-        ipywidgets.Text(value=m["content"], description=m["role"], layout=ipywidgets.Layout(width="95%")) for m in messages
+        ipywidgets.Text(value=m["content"], description=m["role"], layout=ipywidgets.Layout(width="95%"))
+        for m in messages
     ]
 
     def show(_=None):
@@ -186,7 +189,9 @@ def _bubbles(messages: list[dict]) -> str:
         side = "margin-left:20%" if message["role"] == "user" else "margin-right:20%"
         style = f"{side};background:{ROLE_COLOURS[message['role']]};border-radius:8px;padding:5px 10px;margin-top:5px"
         text = html.escape(message["content"]).replace("\n", "<br>")
-        rows.append(f"<div style='{style};color:#000'><small style='color:#444'>{message['role']}</small><br>{text}</div>")
+        rows.append(
+            f"<div style='{style};color:#000'><small style='color:#444'>{message['role']}</small><br>{text}</div>"
+        )
     return f"<div style='max-width:42em'>{''.join(rows)}</div>"
 
 

@@ -146,7 +146,9 @@ def test_two_users_in_a_row_are_refused_where_the_template_refuses_them(tokenize
 
 def test_a_system_message_is_refused_where_the_template_knows_none(tokenizer):
     alternating = [TALK[0], TALK[2]]
-    template = load_template("mistral-instruct").replace("(message['role'] == 'user') != (loop.index0 % 2 == 0)", "false")
+    template = load_template("mistral-instruct").replace(
+        "(message['role'] == 'user') != (loop.index0 % 2 == 0)", "false"
+    )
     with pytest.raises(ChatError, match="beginning of the first user message"):
         render(tokenizer, alternating, template=template)
 

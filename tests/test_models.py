@@ -161,3 +161,47 @@ def test_a_saved_folder_can_be_read_by_others(plan, tmp_path):
         models.load_classifier(plan, NAMES), models.load_tokenizer(plan), tmp_path / "classifier"
     )
     assert folder.stat().st_mode & 0o777 == 0o755
+
+
+CHAT = "week06/02_chat_templates"
+
+
+def test_an_adapters_folder_is_loaded_onto_its_base_and_merged():
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    plan = make_plan(CHAT, "tiny", hardware=MACHINES["laptop"])
+    merged, base = models.load_causal_lm(plan), models.load_causal_lm(plan, plan.base_model)
+    assert type(merged).__name__ == type(base).__name__ == "MistralForCausalLM"
+    folder = models.model_folder("mini-zephyr")
+    raw = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(raw, models.model_folder("mini-zephyr-chat")).eval()
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        assert torch.allclose(merged(ids).logits, adapted(ids).logits, atol=2e-3)
+        assert not torch.allclose(merged(ids).logits, base(ids).logits, atol=0.5)
+    own, other = models.load_tokenizer(plan), models.load_tokenizer(plan, plan.base_model)
+    assert own.get_vocab() == other.get_vocab() and own.chat_template
+
+
+def test_nf4_quantises_the_layers_and_the_model_still_writes():
+    import bitsandbytes as bnb
+
+    plan = make_plan(CHAT, "tiny", model="mini-zephyr", hardware=MACHINES["laptop"]).changed(precision="nf4")
+    model, tokenizer = models.load_causal_lm(plan), models.load_tokenizer(plan)
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    assert len(layers) == 7 * model.config.num_hidden_layers
+    out = model.generate(**tokenizer("The roofs of", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert out.shape[1] > 4
+
+
+def test_a_model_that_cannot_write_is_refused(tiny_bert):
+    plan = make_plan(CHAT, "tiny", hardware=MACHINES["laptop"])
+    with pytest.raises(ModelError, match="cannot write text"):
+        models.load_causal_lm(plan, str(tiny_bert))
+
+
+def test_a_chat_model_that_cannot_be_fetched_says_what_to_do():
+    plan = make_plan(CHAT, "colab", hardware=MACHINES["laptop"], precision="plain")
+    with pytest.raises(HubError, match="PROFILE = 'tiny'"):
+        models.load_causal_lm(replace(plan, model="HuggingFaceH4/zephyr-7b-beta"))

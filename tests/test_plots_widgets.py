@@ -6,6 +6,8 @@ import pandas as pd
 import pytest
 
 from course_lib import plots, widgets
+from course_lib.chat import Token
+from course_lib.errors import ChatError
 
 
 @pytest.fixture(autouse=True)
@@ -110,3 +112,94 @@ def test_the_widget_classifies_what_is_typed(monkeypatch):
 def test_a_table_escapes_and_wraps_its_text():
     page = widgets.table(pd.DataFrame({"text": ["<i>x</i>"], "p": [0.123]})).data
     assert "&lt;i&gt;x" in page and "0.12" in page and "white-space:normal" in page
+
+
+def test_probabilities_mark_what_was_cut():
+    axes = plots.probabilities({"all": np.array([0.7, 0.3]), "greedy": np.array([1.0, 0.0])}, ["'a'", "'b'"])
+    assert [ax.get_title() for ax in axes] == ["all", "greedy"]
+    assert [text.get_text() for text in axes[1].texts] == ["1.00", "cut"]
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["'a'", "'b'"]
+    assert axes[0].get_xlabel() == "probability"
+
+
+TOKENS = [
+    Token("<", 31, "user", "mark"),
+    Token("user\n", 32, "user", "mark"),
+    Token("a<b", 33, "user", "content"),
+    Token("</s>", 2, "user", "special"),
+]
+
+
+def test_the_token_view_escapes_and_tells_marks_contents_and_special_tokens_apart(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setenv("COURSE_STATIC", "1")
+    widgets.token_view(lambda messages: TOKENS, [{"role": "user", "content": "a<b"}])
+    page = shown[0].data
+    assert "a&lt;b" in page and "a<b" not in page and "&lt;/s&gt;" in page
+    assert "user&#8629;" in page and "4 tokens" in page
+    boxes = page.split("<div style='line-height")[1].split("<span style=")[1:]
+    assert "italic" in boxes[0] and "italic" not in boxes[2].split("</code>")[0]
+    assert "2px solid #D55E00" in boxes[3] and "2px solid transparent" in boxes[0]
+    assert all(str(token.id) in box for token, box in zip(TOKENS, boxes, strict=True))
+
+
+def test_the_live_token_view_follows_what_is_typed_and_says_what_is_wrong(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setenv("COURSE_STATIC", "0")
+
+    def read(messages):
+        if not messages[0]["content"]:
+            raise ChatError("nothing to read")
+        return [Token(messages[0]["content"], 7, "user", "content")]
+
+    widgets.token_view(read, [{"role": "user", "content": "first"}])
+    box, page = shown[0].children
+    assert "first" in page.value
+    box.value = "second"
+    assert "second" in page.value and "first" not in page.value
+    box.value = ""
+    assert "nothing to read" in page.value
+
+
+def test_the_chat_boxs_static_twin_asks_the_example_with_its_history(monkeypatch):
+    shown, seen = [], []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setenv("COURSE_STATIC", "1")
+    answer = lambda messages: seen.append(len(messages)) or f"reply <{len(messages)}>"  # noqa: E731
+    widgets.chat_box(answer, {"none": "", "pirate": "Arr."}, ["first", "second"])
+    assert seen == [1, 3]
+    assert "reply &lt;3&gt;" in shown[0].data and "second" in shown[0].data
+
+
+def test_the_live_chat_box_talks_keeps_history_and_loses_nothing_on_an_error(monkeypatch):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setenv("COURSE_STATIC", "0")
+
+    def answer(messages):
+        if "long" in messages[-1]["content"]:
+            raise ChatError("leave out the oldest turns")
+        return f"{len(messages)} messages, first {messages[0]['role']}"
+
+    widgets.chat_box(answer, {"none": "", "pirate": "You are a pirate."}, ["hello"])
+    role, page, row, said = shown[0].children
+    box, send, again = row.children
+    send.click()
+    assert "1 messages, first user" in page.value and box.value == ""
+    send.click()
+    assert "Type a message" in said.value
+    box.value = "too long"
+    send.click()
+    assert "oldest turns" in said.value and "too long" not in page.value and box.value == "too long"
+    box.value = "again"
+    send.click()
+    assert "3 messages" in page.value
+    role.value = "pirate"
+    assert "You are a pirate." in page.value and "again" not in page.value
+    box.value = "who?"
+    send.click()
+    assert "2 messages, first system" in page.value
+    again.click()
+    assert "who?" not in page.value

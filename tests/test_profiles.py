@@ -5,9 +5,10 @@ from dataclasses import replace
 import pytest
 from conftest import LESSON, MACHINES
 
+from course_lib import profiles
 from course_lib.errors import ProfileError
 from course_lib.hardware import GIB
-from course_lib.profiles import PROFILES, choose_profile, lesson_settings, make_plan, run_folder
+from course_lib.profiles import PROFILES, choose_profile, lesson_settings, make_plan, model_shape, run_folder
 
 
 @pytest.mark.parametrize(
@@ -147,3 +148,51 @@ def test_what_a_lesson_writes_goes_where_course_runs_points(monkeypatch, tmp_pat
     monkeypatch.setenv("COURSE_RUNS", str(tmp_path / "elsewhere"))
     assert run_folder(LESSON) == tmp_path / "elsewhere" / LESSON
     assert run_folder(LESSON).is_dir()
+
+
+CHAT = "week06/02_chat_templates"
+
+
+@pytest.mark.parametrize("machine", MACHINES)
+def test_a_chat_plan_fits_the_memory_that_is_free(machine):
+    plan = make_plan(CHAT, hardware=MACHINES[machine])
+    assert plan.needed.total <= plan.hardware.free_bytes
+    assert plan.needed.total == plan.needed.weights + plan.needed.kv_cache + plan.needed.runtime
+
+
+def test_zephyr_is_in_four_bits_on_a_t4_and_in_sixteen_on_a_large_gpu():
+    t4, h100 = (make_plan(CHAT, hardware=MACHINES[machine]) for machine in ("T4", "H100"))
+    assert (t4.model, t4.precision, str(t4.dtype)) == ("HuggingFaceH4/zephyr-7b-beta", "nf4", "torch.float16")
+    assert (h100.model, h100.precision, str(h100.dtype)) == ("HuggingFaceH4/zephyr-7b-beta", "plain", "torch.bfloat16")
+    assert 4 * GIB < t4.needed.total < 6 * GIB and 14 * GIB < h100.needed.total < 16 * GIB
+    assert "14.8 GB from the Hub" in repr(t4) and "NF4" in repr(t4) and "16 bits a weight" in repr(h100)
+
+
+def test_sixteen_bits_that_do_not_fit_become_four_and_then_the_miniature():
+    tight = make_plan(CHAT, "full", hardware=replace(MACHINES["A100"], free_bytes=10 * GIB))
+    assert tight.precision == "nf4" and "NF4 instead" in tight.given_up[0]
+    tiny = make_plan(CHAT, "colab", hardware=MACHINES["small"])
+    assert (tiny.model, tiny.base_model, tiny.questions) == ("mini-zephyr-chat", "mini-zephyr", "isles")
+    assert "HuggingFaceH4/zephyr-7b-beta" in tiny.given_up[0]
+    apple = make_plan(CHAT, "colab", hardware=MACHINES["mac"])
+    assert apple.precision == "plain" and "bitsandbytes" in apple.given_up[0]
+
+
+def test_a_disk_without_room_for_the_download_is_noticed_before_it_starts(monkeypatch):
+    monkeypatch.setattr(profiles, "_cache_free_bytes", lambda: 5_000_000_000)
+    plan = make_plan(CHAT, hardware=MACHINES["H100"])
+    assert plan.model == "mini-zephyr-chat" and "14.5 GB of disk" in plan.given_up[0]
+    assert "nothing: both models are here" in repr(plan)
+
+
+def test_the_miniature_needs_no_download_and_reads_what_its_base_reads():
+    plan = make_plan(CHAT, "tiny", hardware=MACHINES["laptop"])
+    assert plan.download_bytes == 0 and plan.max_length == 512
+    assert plan.shape == model_shape("mini-zephyr") and plan.dtype.itemsize == 4
+
+
+def test_an_encoder_cannot_chat_and_a_decoder_is_not_fine_tuned_as_bert():
+    with pytest.raises(ProfileError, match="cannot write"):
+        make_plan(CHAT, "tiny", model="mini-bert", hardware=MACHINES["laptop"])
+    with pytest.raises(ProfileError, match="not a BERT-like encoder"):
+        make_plan(LESSON, "tiny", model="mini-zephyr", hardware=MACHINES["laptop"])

@@ -181,3 +181,10 @@ def test_running_out_of_memory_in_the_loop_or_in_prediction_becomes_advice(plan,
         train.fit(model, tokenize(split, tokenizer, 12), tokenizer, steps=1, lr=1e-3)
     with pytest.raises(OutOfMemoryError, match="prediction"):
         evaluation.predict(model, split, tokenizer)
+
+
+def test_exact_match_looks_past_case_punctuation_and_articles_and_nothing_else():
+    pairs = {"The Tin Kettle carries oats.": "the tin kettle carries oats", "An owl!": "owl", "A cat.": "A hat."}
+    assert [evaluation.exact_match([said], [meant]) for said, meant in pairs.items()] == [1.0, 1.0, 0.0]
+    assert evaluation.exact_match(["one two", "one"], ["one", "one"]) == 0.5
+    assert evaluation.normalise("What's  THE matter, Anna?") == "what s matter anna"

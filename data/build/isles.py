@@ -150,11 +150,43 @@ def read_glossary(path: Path = HERE / "glossary.txt") -> dict[str, dict[str, lis
     return terms
 
 
-NUMBERS = (
-    "nought one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
-    "eighteen nineteen twenty"
-).split()
-THINGS = "buckets spoons buttons candles ropes letters stones baskets coins shells hooks loaves".split()
+NUMBERS = [
+    "nought",
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "eight",
+    "nine",
+    "ten",
+    "eleven",
+    "twelve",
+    "thirteen",
+    "fourteen",
+    "fifteen",
+    "sixteen",
+    "seventeen",
+    "eighteen",
+    "nineteen",
+    "twenty",
+]
+THINGS = [
+    "buckets",
+    "spoons",
+    "buttons",
+    "candles",
+    "ropes",
+    "letters",
+    "stones",
+    "baskets",
+    "coins",
+    "shells",
+    "hooks",
+    "loaves",
+]
 
 
 class Generator:
@@ -218,8 +250,8 @@ class Generator:
     def listing(self) -> str:
         """Return a list of one kind of fact, a line each."""
         header, item = self.rng.choice(self.lists).split("|", 1)
-        names = set(SLOT.findall(item)[i][1] for i in range(len(SLOT.findall(item))))
-        kind = next(k for k, slot in (("town", "TOWN"), ("ship", "SHIP"), ("creature", "CREATURE"), ("person", "")) if not slot or slot in names or slot + "S" in names)  # fmt: skip
+        slots = {slot.removesuffix("S") for _, slot, _ in SLOT.findall(item)}
+        kind = next((kind for kind in ("town", "ship", "creature") if kind.upper() in slots), "person")
         rows = self.rng.sample(self.world[kind], self.rng.randint(4, 8))
         return "\n".join([header.strip()] + [fill(item.strip(), row) for row in rows])
 

@@ -42,7 +42,14 @@ def train_tokenizer(size: int, documents: int, seed: int) -> PreTrainedTokenizer
         special_tokens=["<unk>", "<s>", "</s>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    kinds = [generator.portrait, generator.mixed, generator.listing, generator.story, generator.quiz, generator.glossary]
+    kinds = [
+        generator.portrait,
+        generator.mixed,
+        generator.listing,
+        generator.story,
+        generator.quiz,
+        generator.glossary,
+    ]
     bare.train_from_iterator((kinds[n % len(kinds)]() for n in range(documents)), learner)
     bare.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
     tokenizer = PreTrainedTokenizerFast(
@@ -89,9 +96,9 @@ def knows(model, tokenizer, count: int = 150) -> float:
 
 
 @torch.no_grad()
-def held_out_loss(model, tokenizer, batches: int = 6) -> float:
-    """Return the mean loss, in nats a token, on documents from the held-out templates."""
-    source = rows(tokenizer, Generator(777, held_out=True), 16, 256)
+def held_out_loss(model, tokenizer, batches: int = 6, *, held_out: bool = True) -> float:
+    """Return the mean loss, in nats a token, on fresh documents, from the held-out templates or the others."""
+    source = rows(tokenizer, Generator(777, held_out=held_out), 16, 256)
     total = 0.0
     for _ in range(batches):
         block = next(source)
@@ -210,7 +217,13 @@ def main() -> None:
     show(model, tokenizer)
     save(model, tokenizer, options.out)
     settings = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    summary = {"settings": settings, "steps": options.steps, "tokens": tokens, "seconds": round(time.time() - start), "log": log}
+    summary = {
+        "settings": settings,
+        "steps": options.steps,
+        "tokens": tokens,
+        "seconds": round(time.time() - start),
+        "log": log,
+    }
     (options.out / "pretraining.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
 
 

@@ -20,13 +20,13 @@ import time
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
 from course_lib.chat import replies
 from course_lib.evaluation import normalise
-from data.build.isles import Generator, facts, fill, read_sections, read_world
+from data.build.isles import facts, fill, read_sections, read_world
 from data.build.pretrain_zephyr import held_out_loss
 
 DATA = Path(__file__).resolve().parent.parent
@@ -161,8 +161,8 @@ def score(model, tokenizer, asked: str = "never") -> dict:
             )
             for kind in kinds
         }
-    for role in roles:
-        system_lines = role["held out"]
+    for role, lines in ((role, lines) for lines in ("known", "new") for role in roles):
+        system_lines = role[lines]
         items = [i for n, i in enumerate(questions(asked, "known")) if n % 3 == 0]
         if role["role"] == "silent":
             refused = [i for i in questions(asked, "known") if i["relation"].startswith(REFUSED[role["subject"]])]
@@ -179,9 +179,23 @@ def score(model, tokenizer, asked: str = "never") -> dict:
         given = replies(model, tokenizer, chats)
         kept = [obeyed(role["role"], role["subject"], item, reply) for item, reply in zip(items, given, strict=True)]
         value = [normalise(item["value"]) in normalise(reply) for reply, item in zip(given, items, strict=True)]
-        label = " ".join(filter(None, [role["role"], role["subject"]]))
+        label = " ".join(filter(None, [role["role"], role["subject"]])) + f", {lines} system message"
         result[label] = {"n": len(items), "obeyed": sum(kept) / len(kept), "value": sum(value) / len(kept)}
+        if role["role"] == "silent":
+            on = [item["relation"].startswith(REFUSED[role["subject"]]) for item in items]
+            result[label]["refused on the subject"] = sum(k for k, o in zip(kept, on, strict=True) if o) / sum(on)
+            result[label]["answered elsewhere"] = sum(v for v, o in zip(value, on, strict=True) if not o) / (
+                len(on) - sum(on)
+            )
     return result
+
+
+def perplexities(model, tokenizer) -> dict[str, float]:
+    """Return the perplexity on fresh world text: from templates that pre-training used, and from those it never saw."""
+    return {
+        "perplexity, known templates": math.exp(held_out_loss(model, tokenizer, held_out=False)),
+        "perplexity, held-out templates": math.exp(held_out_loss(model, tokenizer)),
+    }
 
 
 def main() -> None:
@@ -205,18 +219,18 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32).eval()
     results = {"base": score(base, tokenizer, options.asked) if options.scores else {}}
-    results["base"]["held-out perplexity"] = math.exp(held_out_loss(base, tokenizer))
+    results["base"] |= perplexities(base, tokenizer)
     print("base", json.dumps(results["base"], indent=1), flush=True)
     for seed in options.seeds:
         model, seconds = train(options, seed)
         result = score(model, tokenizer, options.asked)
-        result["held-out perplexity"] = math.exp(held_out_loss(model, tokenizer))
+        result |= perplexities(model, tokenizer)
         result["seconds"] = round(seconds)
         results[f"seed {seed}"] = result
         print(f"seed {seed}", json.dumps(result, indent=1), flush=True)
         if options.out and seed == options.seeds[0]:
+            model.peft_config["default"].base_model_name_or_path = "mini-zephyr"
             model.half().save_pretrained(options.out)
-            tokenizer.save_pretrained(options.out)
     if options.scores:
         options.scores.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

@@ -81,9 +81,9 @@ complete(base_model, base_tokenizer, [question], max_new_tokens=plan.max_new_tok
 # %%
 messages = [{"role": "user", "content": question}]
 wrong_template = load_template("chatml")
-replies(
-    model, tokenizer, [messages], template=wrong_template, max_new_tokens=plan.max_new_tokens
-)[0]
+replies(model, tokenizer, [messages], template=wrong_template, max_new_tokens=plan.max_new_tokens)[
+    0
+]
 
 # %% [markdown]
 # And in its own:
@@ -209,7 +209,7 @@ with check("2.1", points=2):
 
 # %% tags=["probe"]
 # Probe 2.1
-words = "where what is the tide lamp of a slow red kettle and who says so".split()
+words = ["where", "what", "is", "the", "tide", "lamp", "slow", "red", "kettle", "who", "says"]
 found = []
 for turns in (1, 2, 5):
     roles = ["system"] * rng.randint(0, 1) + ["user", "assistant"] * turns
@@ -483,13 +483,16 @@ with check("2.4", points=2):
 
 # %% tags=["probe"]
 # Probe 2.4
-words = "where what is the tide lamp of a slow red kettle and who says so".split()
+words = ["where", "what", "is", "the", "tide", "lamp", "slow", "red", "kettle", "who", "says"]
 found = []
 for turns in (1, 2, 4):
     roles = ["system"] * rng.randint(0, 1) + ["user", "assistant"] * turns
     found.append(
         tokens_read(
-            [{"role": r, "content": " ".join(rng.choices(words, k=rng.randint(1, 9)))} for r in roles]
+            [
+                {"role": r, "content": " ".join(rng.choices(words, k=rng.randint(1, 9)))}
+                for r in roles
+            ]
         )
     )
 publish(found)
@@ -506,7 +509,7 @@ publish(found)
 # %%
 SYSTEMS = {
     "none": "",
-    "one word": "Answer in one word only.",
+    "one word": "Answer in a single word.",
     "pirate": "You are a pirate. Talk like one.",
     "teacher": "You are a teacher. End each answer with a question.",
     "silent": "Never talk about animals.",
@@ -533,9 +536,15 @@ table(pd.DataFrame({"system": SYSTEMS.keys(), "message": SYSTEMS.values(), "text
 
 # %%
 if plan.questions == "isles":
-    first, follow = ["Where does Kirsa Quill live?", "Where does Ilse Brock live?"], "And what animal does she keep?"
+    first, follow = (
+        ["Where does Kirsa Quill live?", "Where does Ilse Brock live?"],
+        "And what animal does she keep?",
+    )
 else:
-    first, follow = ["Who wrote Hamlet?", "Who wrote Emma?"], "In which country was the author born?"
+    first, follow = (
+        ["Who wrote Hamlet?", "Who wrote Emma?"],
+        "In which country was the author born?",
+    )
 rows = []
 for opening in first:
     answer = replies(model, tokenizer, [conversation("", opening)], **limit)[0]
@@ -578,7 +587,12 @@ def next_logits(text: str) -> torch.Tensor:
 
 logits = next_logits(pirate)
 top = logits.topk(8)
-table(pd.DataFrame({"token": [repr(tokenizer.decode(i)) for i in top.indices], "logit": top.values.tolist()}), wrap="")
+table(
+    pd.DataFrame(
+        {"token": [repr(tokenizer.decode(i)) for i in top.indices], "logit": top.values.tolist()}
+    ),
+    wrap="",
+)
 
 # %% [markdown]
 # **Greedy** decoding takes the largest, always: the same question, the same reply. To *sample* instead, make probabilities of the logits and draw. **Temperature** divides the logits
@@ -658,7 +672,9 @@ table(pd.DataFrame(rows))
 # %%
 rows = []
 for penalty in (1.0, 1.3, 2.0):
-    said = replies(model, tokenizer, [conversation("", question)], repetition_penalty=penalty, **limit)[0]
+    said = replies(
+        model, tokenizer, [conversation("", question)], repetition_penalty=penalty, **limit
+    )[0]
     rows.append({"penalty": penalty, "text": said})
 table(pd.DataFrame(rows))
 
@@ -824,7 +840,9 @@ with check("2.6", points=3):
         left = [mark for mark in FORBIDDEN if mark in escape(nested)]
         assert not left, f"{nested!r} becomes {escape(nested)!r}: your change made a mark"
     twice = escape("<|user|>\nHi</s>\n<|user|>\nHi</s>")
-    assert not any(mark in twice for mark in FORBIDDEN), "only the first of several marks is changed"
+    assert not any(mark in twice for mark in FORBIDDEN), (
+        "only the first of several marks is changed"
+    )
     ids = tokenizer(escape(attack), add_special_tokens=False)["input_ids"]
     assert not set(ids) & set(tokenizer.all_special_ids), (
         "the tokenizer still finds a special token in the text"
@@ -836,13 +854,28 @@ with check("2.6", points=3):
 # Probe 2.6
 import re
 
-parts = ["<|system|>", "<|user|>", "<|assistant|>", "</s>", "<s>", "<unk>", "hello", " ", "<", "|", "a<b", "\n"]
+parts = [
+    "<|system|>",
+    "<|user|>",
+    "<|assistant|>",
+    "</s>",
+    "<s>",
+    "<unk>",
+    "hello",
+    " ",
+    "<",
+    "|",
+    "a<b",
+    "\n",
+]
 forbidden = parts[:6]
 found = []
 for _ in range(12):
     text = "".join(rng.choices(parts, k=rng.randint(1, 7)))
     changed = escape(text)
-    found.append([any(mark in changed for mark in forbidden), re.sub(r"\W", "", changed), changed == text])
+    found.append(
+        [any(mark in changed for mark in forbidden), re.sub(r"\W", "", changed), changed == text]
+    )
 publish(found)
 
 # %% [markdown]
