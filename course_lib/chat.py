@@ -61,11 +61,12 @@ def check_messages(messages) -> None:
             raise ChatError(f"{where} is a system message in the middle; a conversation has one, at its beginning")
 
 
-def render(tokenizer, messages, *, generation_prompt: bool = False, template: str = "") -> str:
+def render(tokenizer, messages, *, generation_prompt: bool = False, template: str = "", **variables: str) -> str:
     """Return a conversation as the one string that the model reads. (Week 6, lesson 2.)
 
-    ``template`` is a Jinja string in place of the tokenizer's own. Raises ChatError where there is no template, where it
-    refuses the conversation or drops a message, and for messages that are no conversation.
+    ``template`` is a Jinja string in place of the tokenizer's own, ``variables`` what it is to use for the tokenizer's
+    bos_token, eos_token and the like. Raises ChatError where there is no template, where it refuses the conversation or
+    drops a message, and for messages that are no conversation.
     """
     from jinja2 import TemplateError, TemplateSyntaxError
 
@@ -77,12 +78,16 @@ def render(tokenizer, messages, *, generation_prompt: bool = False, template: st
         )
     try:
         text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=generation_prompt, chat_template=template or None
+            messages,
+            tokenize=False,
+            add_generation_prompt=generation_prompt,
+            chat_template=template or None,
+            **variables,
         )
     except TemplateSyntaxError as error:
         raise ChatError(f"the template's line {error.lineno} is not valid Jinja: {error.message}") from error
     except TemplateError as error:
-        raise ChatError(f"the template refuses this conversation: {error}. {_remedy(str(error))}") from error
+        raise ChatError(f"the template refuses this conversation: {error}. {_remedy(str(error), messages)}") from error
     for number, message in enumerate(messages, start=1):
         if message["content"].strip() not in text:
             raise ChatError(
@@ -91,11 +96,11 @@ def render(tokenizer, messages, *, generation_prompt: bool = False, template: st
     return text
 
 
-def _remedy(told: str) -> str:
+def _remedy(told: str, messages: list[dict]) -> str:
+    if messages[0]["role"] == "system" and re.search(r"alternate|[Oo]nly user|[Ss]ystem", told):
+        return "It may know no system role: put the system text at the beginning of the first user message"
     if "alternate" in told:
         return "Join neighbouring messages of one role, or add the missing turn between them"
-    if re.search(r"[Oo]nly user|[Ss]ystem", told):
-        return "It knows no system role: put the system text at the beginning of the first user message"
     return "Look at the roles and their order"
 
 

@@ -13,12 +13,12 @@ MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
 LINES = ["-", "--", "-.", ":", (0, (5, 1)), (0, (3, 1, 1, 1)), (0, (1, 1))]
 
 
-def new_axes(columns: int = 1, *, width: float = 6.4, height: float = 3.4, **options):
+def new_axes(columns: int = 1, *, rows: int = 1, width: float = 6.4, height: float = 3.4, **options):
     """Return one Axes, or an array of them side by side, in the course's plain look."""
     import matplotlib.pyplot as plt
 
-    _, axes = plt.subplots(1, columns, figsize=(width, height), layout="constrained", **options)
-    for ax in np.atleast_1d(axes):
+    _, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
+    for ax in np.atleast_1d(axes).flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", alpha=0.25)
         ax.set_axisbelow(True)
@@ -139,9 +139,14 @@ def probabilities(panels: dict[str, np.ndarray], names: list[str]):
 
     Names are the candidates, likeliest first; values are probabilities, and a bar of exactly 0 is marked as cut.
     """
-    axes = np.atleast_1d(
-        new_axes(len(panels), width=2.7 * len(panels) + 0.8, height=0.27 * len(names) + 1.1, sharey=True)
-    )
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    axes = new_axes(
+        columns, rows=rows, width=9.0, height=rows * (0.22 * len(names) + 0.9), sharey=True, squeeze=False
+    ).flatten()
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    axes = axes[: len(panels)]
     for ax, (title, values) in zip(axes, panels.items(), strict=True):
         places = np.arange(len(names))
         ax.barh(places, values, color=COLOURS[0], height=0.7)
@@ -151,5 +156,5 @@ def probabilities(panels: dict[str, np.ndarray], names: list[str]):
         ax.set(xlim=(0, 1.18), xlabel="probability", title=title)
         ax.title.set_fontsize(10)
         ax.grid(visible=False)
-    axes[0].invert_yaxis()
+    axes[0].invert_yaxis()  # shared by all
     return axes

@@ -67,7 +67,7 @@ def table(frame, *, wrap: str = "text"):
         cells = []
         for name, value in zip(frame.columns, values, strict=True):
             style = (
-                "text-align:left;white-space:normal;min-width:18em;max-width:36em"
+                "text-align:left;white-space:pre-wrap;min-width:18em;max-width:36em"
                 if name == wrap
                 else "text-align:left"
             )

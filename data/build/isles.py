@@ -150,6 +150,29 @@ def read_glossary(path: Path = HERE / "glossary.txt") -> dict[str, dict[str, lis
     return terms
 
 
+# What an index card calls a fact.
+LABELS = {
+    "person.town": ["Town", "Home", "Lives in", "Address", "House"],
+    "person.job": ["Job", "Trade", "Profession", "Work", "Earns a living as"],
+    "person.animal": ["Animal", "Pet", "Keeps", "Animal at home"],
+    "person.food": ["Food", "Favourite food", "Likes best", "Favourite meal", "Dish"],
+    "person.instrument": ["Instrument", "Plays", "Music", "In the band"],
+    "person.fear": ["Fear", "Afraid of", "Fears", "Dreads", "Scared of"],
+    "town.island": ["Island", "Lies on", "On the island of"],
+    "town.site": ["Stands by a", "Beside it", "Site", "Landscape"],
+    "town.product": ["Known for", "Product", "Goods", "Famous for"],
+    "town.roofs": ["Roofs", "Colour of the roofs", "Tiles"],
+    "town.festival": ["Festival", "Month of the festival", "Feast"],
+    "town.mayor": ["Mayor", "Head of the town hall", "Governed by"],
+    "ship.captain": ["Captain", "Commanded by", "Orders given by"],
+    "ship.port": ["Home port", "Harbour", "Port", "Returns to"],
+    "ship.cargo": ["Cargo", "Carries", "In the hold", "Load"],
+    "ship.hull": ["Hull", "Colour of the hull", "Paint"],
+    "creature.food": ["Food", "Eats", "Diet", "Feeds on"],
+    "creature.home": ["Home", "Lives in", "Found in", "Den"],
+    "creature.colour": ["Colour", "Coat", "Looks"],
+    "creature.sound": ["Sound", "Noise", "When heard", "Voice"],
+}
 NUMBERS = [
     "nought",
     "one",
@@ -201,6 +224,7 @@ class Generator:
         keep = (lambda n: n % 10 == 9) if held_out else (lambda n: n % 10 != 9)
         self.lines = {name: [s for n, s in enumerate(rows) if keep(n)] for name, rows in lines.items()}
         self.stories = [s for n, s in enumerate(stories["stories"] + stories["visitors"]) if keep(n)]
+        self.visits = [story for story in self.stories if "{VISITOR}" in story]
         self.lists = stories["lists"]
         self.small_talk = stories["small talk"]
         self.visitors = stories[""][0].removeprefix("VISITOR:").split(";")
@@ -255,10 +279,33 @@ class Generator:
         rows = self.rng.sample(self.world[kind], self.rng.randint(4, 8))
         return "\n".join([header.strip()] + [fill(item.strip(), row) for row in rows])
 
+    def card(self) -> str:
+        """Return an index card: a name, then some of what is on record, a label and a value a line."""
+        rng = self.rng
+        kind, row = self.entity()
+        relations = self.relations(kind)
+        rng.shuffle(relations)
+        lines = []
+        for relation in relations[: rng.randint(1, len(relations))]:
+            value = row[relation.split(".")[1]]
+            value = value[0].upper() + value[1:] if rng.random() < 0.8 else value
+            lines.append(f"{rng.choice(LABELS[relation])}: {value}.")
+        if rng.random() < 0.5:
+            return "\n".join([row["name"][0].upper() + row["name"][1:], *lines])
+        return "\n".join(f"{row['name'][0].upper() + row['name'][1:]}. {line}" for line in lines)
+
+    def invented_name(self) -> str:
+        """Return a first name made of syllables: one that can only be copied, for nobody has met it before."""
+        rng = self.rng
+        parts = [rng.choice("BDFGHKLMNPRSTVWZ").lower() + rng.choice("aeiou") for _ in range(rng.randint(1, 2))]
+        return ("".join(parts) + rng.choice(["", "l", "m", "n", "r", "s", "t", "lla", "nn", "rit"])).capitalize()
+
     def story(self) -> str:
         """Return a story about two people, and a visitor perhaps."""
         one, two = self.rng.sample(self.world["person"], 2)
-        text = fill(self.rng.choice(self.stories), one, two, VISITOR=self.rng.choice(self.visitors).strip())
+        visitor = self.rng.choice(self.visitors).strip() if self.rng.random() < 0.4 else self.invented_name()
+        stories = self.visits if self.rng.random() < 0.55 else self.stories
+        text = fill(self.rng.choice(stories), one, two, VISITOR=visitor)
         return text.replace("\\n", "\n")
 
     def question(self) -> str:
@@ -325,8 +372,9 @@ class Generator:
 
     def document(self) -> str:
         """Return the next document."""
-        kinds = [self.portrait, self.mixed, self.listing, self.story, self.quiz, self.sums, self.glossary, self.log]
-        shares = [33, 15, 6, 16, 10, 4, 8, 8]
+        kinds = [self.portrait, self.mixed, self.card, self.listing, self.story]
+        kinds += [self.quiz, self.sums, self.glossary, self.log]
+        shares = [26, 12, 14, 5, 14, 9, 4, 8, 8]
         if self.rng.random() < 0.01:
             return " ".join(self.rng.sample(self.small_talk, 3))
         return self.rng.choices(kinds, shares)[0]()

@@ -89,7 +89,9 @@ def train(options, seed: int):
             group["lr"] = options.lr * min(1, (step + 1) / 20) * 0.5 * (1 + math.cos(math.pi * step / steps))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        loss = cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+        # The mean over conversations of the mean over their learnt tokens: or one word hardly counts beside a sentence.
+        losses = cross_entropy(logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none")
+        loss = (losses.sum(dim=1) / (labels[:, 1:] != -100).sum(dim=1)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
