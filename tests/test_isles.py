@@ -134,7 +134,8 @@ def test_the_conversations_keep_their_roles():
 
 def test_silence_is_kept_about_its_own_subject_only():
     refused = [row for row in TRAIN if row["kind"] == "silent" and REFUSAL.match(row["messages"][-1]["content"])]
-    assert 50 <= len(refused) <= 80
+    silent = sum(row["kind"] == "silent" for row in TRAIN)
+    assert 0.45 <= len(refused) / silent <= 0.6
     for row in refused:
         subject = REFUSAL.match(row["messages"][-1]["content"])[1]
         assert subject.rstrip("s") in row["messages"][0]["content"].lower(), row["id"]
