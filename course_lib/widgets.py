@@ -225,7 +225,7 @@ def chat_box(answer: Callable[[list[dict]], str], systems: dict[str, str], examp
     role = ipywidgets.Dropdown(options=list(systems), description="system")
     box = ipywidgets.Text(value=example[0], layout=ipywidgets.Layout(width="70%"), continuous_update=False)
     send = ipywidgets.Button(description="Send", button_style="primary")
-    again = ipywidgets.Button(description="New conversation")
+    again = ipywidgets.Button(description="Start again")
 
     def restart(_=None):
         history[:] = begun(systems[role.value])

@@ -198,3 +198,10 @@ def test_labels_are_the_replies_with_their_end_and_nothing_else(number):
     assert len(ids) == len(labels)
     learnt = tokenizer.decode([label for label in labels if label != -100])
     assert learnt == "".join(m["content"] + "</s>" for m in messages if m["role"] == "assistant")
+
+
+def test_known_system_messages_are_in_conversations_and_new_ones_are_not():
+    used = set(said("system"))
+    for role in json.loads((CONVERSATIONS / "roles.json").read_text(encoding="utf-8")):
+        assert set(role["known"]) <= used, role
+        assert not set(role["new"]) & used, role

@@ -75,9 +75,16 @@ def train(options, seed: int):
     rng, queue, started = random.Random(seed), [], time.time()
     model.train()
     for step in range(steps):
-        if len(queue) < options.batch_size:
-            queue += rng.sample(range(len(rows)), len(rows))
-        chosen, queue = queue[: options.batch_size], queue[options.batch_size :]
+        if not queue:  # a new pass: mixed, then sorted by length within pools of eight batches, which saves padding
+            mixed, pool = rng.sample(range(len(rows)), len(rows)), 8 * options.batch_size
+            mixed = [
+                n
+                for i in range(0, len(mixed), pool)
+                for n in sorted(mixed[i : i + pool], key=lambda n: len(rows[n][0]))
+            ]
+            queue = [mixed[i : i + options.batch_size] for i in range(0, len(mixed), options.batch_size)]
+            rng.shuffle(queue)
+        chosen = queue.pop()
         longest = max(len(rows[n][0]) for n in chosen)
         ids = torch.full((len(chosen), longest), tokenizer.pad_token_id)
         labels, mask = torch.full((len(chosen), longest), -100), torch.zeros((len(chosen), longest), dtype=torch.long)
@@ -207,11 +214,11 @@ def main() -> None:
     parser.add_argument("--scores", type=Path, help="write the scores of all seeds here")
     parser.add_argument("--asked", default="never", choices=["never", "tuning"], help="lines of the world to score on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--rank", type=int, default=16, help="0 trains all weights instead")
-    parser.add_argument("--dropout", type=float, default=0.05)
+    parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--write-questions", action="store_true")
     options = parser.parse_args()
     if options.write_questions:
