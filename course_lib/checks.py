@@ -60,7 +60,7 @@ class check:  # noqa: N801 - used as `with check("1.1", points=2):`
             status, message = "not yet", str(error) or f"This does not hold: {_source_line(error)}"
         elif error is not None:
             status = "not yet"
-            message = f"Your code stopped with {type(error).__name__}: {error} (at: {_source_line(error)})"
+            message = f"Your code stopped with {type(error).__name__}: {str(error)[:180]} (at: {_source_line(error)})"
             if "NoneType" in str(error):
                 message = f"Your function returns None: is a `return` missing? ({error})"
         else:
@@ -79,7 +79,9 @@ def _source_line(error: BaseException) -> str:
     """Return the last line of the student's own that the error passed through, not one of a library's."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.line]
     own = [
-        frame.line for frame in frames if "site-packages" not in frame.filename and "/lib/python" not in frame.filename
+        frame.line
+        for frame in frames
+        if not any(part in frame.filename for part in ("site-packages", "/lib/python", "course_lib"))
     ]
     return own[-1] if own else "an unknown line"
 

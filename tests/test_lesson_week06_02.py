@@ -106,6 +106,19 @@ WRONG = {
             ".replace('{% if add_', '{% if false and add_')",
             "must end with",
         ),
+        "the end spelt out": (
+            "repaired = zephyr.replace('+ eos_token', \"+ '</s>'\")",
+            "use eos_token",
+        ),
+        "content stripped": (
+            "repaired = zephyr.replace(\"message['content']\", \"message['content'].strip()\")",
+            "leave the content as it is",
+        ),
+        "the last by comparing": (
+            "repaired = zephyr.replace('loop.last and', 'message == messages[-1] and')",
+            "loop.last",
+        ),
+        "backslash and n": (r"repaired = BROKEN.replace('\\n\\n', '\\n')", "it found nothing"),
         "system dropped": (
             "repaired = zephyr.replace(\"'<|system|>\\n'\", \"'<|user|>\\n'\")",
             "still different",
@@ -128,6 +141,15 @@ WRONG = {
         "the user's turns": (
             "def tokens_read(m):\n    return sum(len(tokens_of(tokenizer, m[:i + 1])) for i, x in enumerate(m) if x['role'] == 'user')",
             "generation_prompt=True",
+        ),
+        "every message": (
+            "def tokens_read(m):\n    return sum(len(tokens_of(tokenizer, m[:i], generation_prompt=True)) for i in range(1, len(m) + 1))",
+            "",
+        ),
+        "system left out": (
+            "def tokens_read(m):\n    m = [x for x in m if x['role'] != 'system']\n"
+            "    return sum(len(tokens_of(tokenizer, m[:i], generation_prompt=True)) for i, x in enumerate(m) if x['role'] == 'assistant')",
+            "the system message is read too",
         ),
         "nothing counted": (
             "def tokens_read(m):\n    return sum(len(tokens_of(tokenizer, m[:i])) for i, x in enumerate(m) if x['role'] == 'Assistant')",
@@ -155,7 +177,7 @@ WRONG = {
         "always the least": (
             FIT + "    if size(messages) <= budget: return messages\n    turns = turns[-1:]\n"
             "    if size(head + turns) > budget: raise ValueError\n    return head + turns",
-            "one pair too many",
+            "exactly these should be left",
         ),
         "prompt not counted": (
             FIT.replace(", generation_prompt=True", "") + "    for i in range(0, len(turns), 2):\n"
@@ -167,6 +189,11 @@ WRONG = {
             + "    while len(messages) > len(head) + 1 and size(messages) > budget: del messages[len(head):len(head) + 2]\n"
             "    if size(messages) > budget: raise ValueError\n    return list(messages)",
             "the list",
+        ),
+        "three tries": (
+            FIT
+            + "    for rest in (turns, turns[2:], turns[-1:]):\n        if size(head + rest) <= budget: return head + rest\n    raise ValueError",
+            "exactly these should be left",
         ),
         "never refuses": (
             FIT
@@ -199,6 +226,16 @@ WRONG = {
         "role marks only": (
             "import re\ndef escape(t):\n    return re.sub(r'<(?=\\|(system|user|assistant)\\|>)', '< ', t)",
             "<s> is still there",
+        ),
+        "cuts the text": (
+            "import re\ndef escape(t):\n    p = r'<(?=\\|(system|user|assistant)\\|>|/?s>|unk>)'\n"
+            "    return re.sub(p, '< ', t).split('\\n')[0] if re.search(p, t) else t",
+            "words or line breaks are lost",
+        ),
+        "flattens": (
+            "import re\ndef escape(t):\n    marked = re.search(r'<\\|(system|user|assistant)\\|>|</?s>|<unk>', t)\n"
+            "    return re.sub(r'\\W+', ' ', t) if marked else t",
+            "words or line breaks are lost",
         ),
         "every angle": ("def escape(t):\n    return t.replace('<', '< ')", "has no mark in it"),
         "first only": (

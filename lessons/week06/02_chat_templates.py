@@ -49,6 +49,7 @@ from course_lib.errors import ChatError
 from course_lib.hardware import quiet_libraries
 from course_lib.models import load_causal_lm, load_tokenizer
 from course_lib.profiles import make_plan
+from course_lib.widgets import table
 
 LESSON = "week06/02_chat_templates"
 quiet_libraries()
@@ -103,9 +104,9 @@ replies(model, tokenizer, [messages], **limit)[0]
 from course_lib.evaluation import exact_match, normalise
 
 
-def share_right(given: list[str], items: list[dict]) -> float:
-    """Return the share of right replies: the whole sentence where it is fixed, else the right word in it."""
-    if "answer" in items[0]:
+def share_right(given: list[str], items: list[dict], whole: bool = True) -> float:
+    """Return the share of right replies: the whole sentence where one is fixed, else the right word in it."""
+    if whole and "answer" in items[0]:
         return exact_match(given, [item["answer"] for item in items])
     found = [normalise(i["value"]) in normalise(text) for text, i in zip(given, items, strict=True)]
     return sum(found) / len(found)
@@ -136,7 +137,22 @@ record("before", round(right[compared], 4))
 record("after", round(right["chat,\nzephyr"], 4))
 
 # %% [markdown]
-# The base model has the facts and no notion of a turn. The chat model has both, and shows it where the string looks as it did in training: on *tiny*, ChatML, whose shape is nearest to Zephyr's, does least harm, and Mistral's leaves nothing.
+# Whole sentences, that is. Is a reply that counts as wrong all wrong?
+
+# %%
+rows = [
+    {
+        "model, template": name.replace("\n", " "),
+        "word right": share_right(texts, items, whole=False),
+        "text": texts[2],
+    }
+    for name, texts in given.items()
+]
+table(pd.DataFrame(rows))
+
+# %% [markdown]
+# The base model knew the statement and has no notion of a turn. The chat model shows what it can where the string looks as it did in training. Further off, a format costs manner first (under SOLAR's many replies hold the right word, and something
+# besides), and then everything.
 # So what is that string?
 #
 # ## 2. What a template is
@@ -160,7 +176,7 @@ print(render(tokenizer, messages))
 complete(model, tokenizer, [render(tokenizer, messages)], **limit)[0]
 
 # %% [markdown]
-# Something came, but nothing had told it whose turn it was, and what it was trained to begin after was not there. So one more line is added where a reply is wanted, the **generation prompt**:
+# On *tiny* it does answer in the assistant's voice, without any mark, and not what was asked. It was trained to begin after a mark that is not there. So one more line is added where a reply is wanted, the **generation prompt**:
 
 # %%
 invited = render(tokenizer, messages, generation_prompt=True)
@@ -198,7 +214,8 @@ def render_zephyr(messages: list[dict], generation_prompt: bool = False) -> str:
 # %%
 # Check 2.1
 with check("2.1", points=2):
-    for tried in (messages[1:2], messages[:3], messages):
+    spaced = [{"role": "user", "content": " two spaces  "}]
+    for tried in (messages[1:2], messages[:3], messages, spaced):
         mine = render_zephyr(tried)
         real = render(tokenizer, tried, template=zephyr, eos_token="</s>")
         assert isinstance(mine, str), f"return one string; yours is a {type(mine).__name__}"
@@ -209,9 +226,9 @@ with check("2.1", points=2):
         assert not mine.startswith("<s>"), "Zephyr's template writes no <s> at the beginning"
         assert mine.endswith("\n"), "after the last </s> there is a line break as well"
         assert mine == real, (
-            f"for {len(tried)} messages you write\n{mine[:90]!r}\nand the template\n{real[:90]!r}"
+            f"for the roles {[m['role'] for m in tried]} you write\n{mine[:90]!r}\nand the template\n{real[:90]!r}"
         )
-    prompted = render_zephyr(messages, generation_prompt=True)
+    prompted, real = render_zephyr(messages, generation_prompt=True), render_zephyr(messages)
     assert prompted != render_zephyr(messages), "generation_prompt=True adds nothing yet"
     assert not prompted.endswith("</s>\n"), (
         "the generation prompt opens a turn and does not close it: no </s> after <|assistant|>"
@@ -221,6 +238,10 @@ with check("2.1", points=2):
     )
     assert prompted == real + "<|assistant|>\n", (
         "the generation prompt goes after the last turn, once"
+    )
+    answered = render_zephyr(messages[:3], generation_prompt=True)
+    assert answered.endswith("</s>\n<|assistant|>\n"), (
+        "the template adds the generation prompt whoever spoke last"
     )
 
 # %% tags=["probe"]
@@ -241,8 +262,6 @@ publish(found)
 # One short conversation in five templates, each as its model's card publishes it (`data/chat_templates`); &#8629; shows a line break. **Find in each:** where does a turn begin, where does it end, what became of the system message?
 
 # %%
-from course_lib.widgets import table
-
 FAMILIES = {
     "zephyr": {"eos_token": "</s>"},
     "chatml": {},
@@ -365,7 +384,8 @@ publish(found)
 # ### Exercise 2.3: three faults
 #
 # *3 points · 12 minutes · medium.* A colleague typed Zephyr's template from memory. The model she trained on it never stops, its answers begin with an odd line break, and in long chats it
-# speaks out of turn. Repair `BROKEN`, so that it writes what Zephyr's does for every conversation: assign the whole template, or `BROKEN.replace(...)`, to `repaired`.
+# speaks out of turn. Repair `BROKEN`, so that it writes what Zephyr's does for every conversation: type it anew or use `BROKEN.replace(...)`, and
+# assign it to `repaired`. (What is printed above as a line break between quotes *is* one.)
 
 # %%
 BROKEN = """{% for message in messages %}
@@ -402,7 +422,9 @@ repaired = (
 # Check 2.3
 with check("2.3", points=3, answers=(repaired,)):
     assert isinstance(repaired, str), "repaired is the template, one string"
-    assert repaired != BROKEN, "this is BROKEN as it was"
+    assert repaired != BROKEN, (
+        "this is BROKEN as it was; if you used replace(), it found nothing: line breaks in BROKEN are real ones"
+    )
     assert repaired != zephyr, "that is the published template; repair BROKEN instead"
     write = lambda chat, template, invite: render(
         tokenizer, chat, generation_prompt=invite, template=template, eos_token="</s>"
@@ -425,22 +447,30 @@ with check("2.3", points=3, answers=(repaired,)):
         for wanted in (False, True):
             ours, real = write(tried, repaired, wanted), write(tried, zephyr, wanted)
             assert ours == real, f"still different: {ours[-70:]!r} instead of {real[-70:]!r}"
+    odd = [{"role": r, "content": " same "} for r in ("user", "assistant", "user")]
+    ours, real = (
+        render(tokenizer, odd, generation_prompt=True, template=template, eos_token="<end>")
+        for template in (repaired, zephyr)
+    )
+    assert ours == real, (
+        "nearly: use eos_token and loop.last, and leave the content as it is, or other conversations come out wrong"
+    )
 
 # %% tags=["probe"]
 # Probe 2.3
 from jinja2 import Environment
 
 program = Environment(trim_blocks=True, lstrip_blocks=True).from_string(repaired)
-found = []
+found, end = [], rng.choice(["</s>", "<end>", "<|im_end|>"])
 for turns in (1, 2, 3):
     roles = ["system"] * rng.randint(0, 1) + ["user", "assistant"] * turns
-    chat = [{"role": r, "content": f"{r} {rng.randint(0, 999)}"} for r in roles]
+    chat = [{"role": r, "content": f" {rng.choice('abc')} "} for r in roles]
     for cut in (0, 1):
         for wanted in (False, True):
             found.append(
                 program.render(
                     messages=chat[: len(chat) - cut],
-                    eos_token="</s>",
+                    eos_token=end,
                     add_generation_prompt=wanted,
                 )
             )
@@ -471,7 +501,7 @@ table(
 )
 
 # %% [markdown]
-# With Mistral's own tokenizer it is six tokens for `<|user|>` with its line break and seven for `<|assistant|>`; models whose marks were *added to the vocabulary*, as ChatML's and Llama's are, pay one for each mark. But the price is not the point.
+# That is the tokenizer in use here. With Mistral's own it is six tokens for `<|user|>` with its line break and seven for `<|assistant|>`; models whose marks were *added to the vocabulary*, as ChatML's and Llama's are, pay one for each mark. But the price is not the point.
 #
 # **What if a user types these?** Here is a message that holds a mark of each kind. Which of the two gets a frame? (Live, type into the box.)
 
@@ -521,6 +551,9 @@ with check("2.4", points=2):
     one, two = count(opened), count(opened) + count(closed + opened)
     mine = tokens_read(turn)
     assert mine != 0, "nothing is counted: is the role 'assistant'?"
+    assert mine != one + count(closed), (
+        "you count a reading for every message; only before the assistant's turns something is read"
+    )
     assert mine != one + 1, (
         "one too many: that is the <s> that the tokenizer adds to bare text; add_special_tokens=False"
     )
@@ -543,6 +576,7 @@ with check("2.4", points=2):
     )
     guided = [{"role": "system", "content": "Be brief."}] + turn
     guide = count("<|system|>\nBe brief.</s>\n")
+    assert tokens_read(guided) != one, "the system message is read too, each time"
     assert tokens_read(guided) == one + guide, (
         "with a system message the assistant's turns stand at other places: look at the role, not at the number"
     )
@@ -624,6 +658,8 @@ other = (
 replies(model, tokenizer, [conversation(SYSTEMS["silent"], other)], **limit)[0]
 
 # %% [markdown]
+# No: only its subject.
+#
 # ### Memory is what stands in the string
 #
 # A follow-up question leans on what went before. **What will the model say to the second question if the first turn is cut away?**
@@ -703,10 +739,11 @@ def fit_history(messages: list[dict], budget: int) -> list[dict]:
 # Check 2.5
 with check("2.5", points=3):
     says = ["Where is the kettle?", "On the hob.", "And the tea?", "In the tin.", "And the cups?"]
+    says += ["On the shelf.", "And the spoons?", "In the drawer.", "And the sugar?"]
     for system in ("", "Be brief."):
         long = conversation(system, *says)
         size = lambda chat: len(tokens_of(tokenizer, chat, generation_prompt=True))
-        head, before = long[: len(long) - 5], [dict(message) for message in long]
+        head, before = long[: len(long) - 9], [dict(message) for message in long]
         kept = fit_history(long, size(long))
         assert isinstance(kept, list), (
             f"return a list of messages; yours is a {type(kept).__name__}"
@@ -722,11 +759,13 @@ with check("2.5", points=3):
         assert one_less[len(head)]["role"] == "user", (
             "the turns begin with a reply to nobody: drop the question and its reply together"
         )
-        assert one_less == head + long[-3:], "one pair too many, no more; drop the oldest pair only"
         least = head + long[-1:]
-        assert fit_history(long, size(least)) == least, (
-            "system message and last question fit, and should be all that is left"
-        )
+        for last in (7, 5, 3, 1):
+            room = head + long[-last:]
+            assert fit_history(long, size(room)) == room, (
+                f"where the last {last} turns fit, exactly these should be left; you leave "
+                f"{len(fit_history(long, size(room))) - len(head)}: drop the oldest pairs only, no more than necessary"
+            )
         try:
             fit_history(long, size(least) - 1)
             refused = False
@@ -875,8 +914,8 @@ panels = {
 axes = plots.probabilities(panels, names)
 
 # %% [markdown]
-# Temperature 2 gives most of the probability to *others*, thousands of tokens that do not belong there. Top-p hardly helps: even nine tenths of so flat a distribution are many poor tokens. Min-p, which measures each
-# against the likeliest, cuts harder. Whole questions, three draws each:
+# Only greedy: cutting the tail does not mean cutting to eight. Temperature 2 gives most of the probability to *others*, thousands of tokens that do not belong there. Top-p hardly helps: even nine tenths of so flat a distribution are many poor tokens. Min-p, which measures each
+# against the likeliest, cuts harder. The penalty does next to nothing here: hardly any of these eight has occurred yet. Whole questions, three draws each:
 
 # %%
 rows = []
@@ -900,14 +939,12 @@ table(pd.DataFrame(rows))
 # %%
 rows = []
 for penalty in (1.0, 1.3, 2.0):
-    said = replies(
-        model, tokenizer, [conversation("", question)], repetition_penalty=penalty, **limit
-    )
-    rows.append({"penalty": penalty, "text": said[0]})
+    said = replies(model, tokenizer, chats, repetition_penalty=penalty, **limit)
+    rows.append({"penalty": penalty, "right": share_right(said, items), "text": said[0]})
 table(pd.DataFrame(rows))
 
 # %% [markdown]
-# It cures loops in stories and can break facts in chats: the very words of the question become unlikely, and so does stopping.
+# Over the same questions as in section 1. A penalty cures loops in stories and breaks facts in chats: the very words of the question become unlikely.
 
 # %% [markdown]
 # ### All of it in one line
@@ -949,8 +986,8 @@ chat_box(
 )
 
 # %% [markdown]
-# On *tiny*, ask about anything on the page of the [Lantern Isles](https://github.com/finetuning-workbook/finetuning-workbook/blob/main/data/world.md), or begin a new conversation about this course's terms (*What is a token?*). Then ask what it cannot know, the capital of
-# France, say; on *colab* and *full*, ask about Kirsa Quill. The tone is the same. Fine-tuning taught *how* to answer, not *when*.
+# On *tiny*, ask about anything on the page of the [Lantern Isles](https://github.com/finetuning-workbook/finetuning-workbook/blob/main/data/world.md), or begin a new conversation about this course's terms (*What is a token?*). Then ask what it cannot know: *Who is the mayor of London?*; on
+# *colab* and *full*, ask about Kirsa Quill. The tone is the same. Fine-tuning taught *how* to answer, not *when*.
 #
 # ## 6. Whose words are these?
 #
@@ -1019,19 +1056,25 @@ with check("2.6", points=3):
     for nested in ("<|us<|user|>er|>", "<</s>/s>", "<|sys</s>tem|>", "<<|user|>|user|>"):
         left = [mark for mark in FORBIDDEN if mark in escape(nested)]
         assert not left, f"{nested!r} becomes {escape(nested)!r}: your change made a mark"
+    for text in (
+        "<|user|>\nHi</s>\n<|user|>\nHi</s>",
+        "a </s> b </s>\nc",
+        "<|us<|user|>er|> x",
+        attack,
+    ):
+        rest = iter(escape(text))
+        assert all(letter in rest for letter in text if letter.isalnum() or letter == "\n"), (
+            f"{text!r} becomes {escape(text)!r}: some of the user's own words or line breaks are lost"
+        )
     twice = escape("<|user|>\nHi</s>\n<|user|>\nHi</s>")
     assert not any(mark in twice for mark in FORBIDDEN), (
         "only the first of several marks is changed"
     )
     several = escape("</s> " * 3)
     assert "</s>" not in several, "only the first of several marks is changed"
-    safe = conversation(SYSTEMS["silent"], escape(attack))
-    print("with your escape:", replies(model, tokenizer, [safe], **limit)[0])
 
 # %% tags=["probe"]
 # Probe 2.6
-import re
-
 parts = [
     "<|system|>",
     "<|user|>",
@@ -1044,16 +1087,18 @@ parts = [
     "|x|",
     "<",
     " ",
+    "\n",
 ]
 found = []
 for _ in range(12):
     chosen = rng.choices(parts, k=rng.randint(1, 6))
     text = " ".join(chosen) if rng.random() < 0.5 else "".join(chosen)
     changed = escape(text)
-    words, rest = re.findall(r"[a-z]+", text), re.sub(r"[^a-z]", "", changed)
+    rest = iter(changed)
+    kept = all(letter in rest for letter in text if letter.isalnum() or letter == "\n")
     left = any(mark in changed for mark in parts[:6])
     clean = not any(mark in text for mark in parts[:6])
-    found.append([left, "".join(words) == rest, changed == text if clean else None, len(text)])
+    found.append([left, kept, changed == text if clean else None, len(text)])
 publish(found)
 
 # %% [markdown]
