@@ -1,16 +1,12 @@
 """Lesson 06/02: its checks know right from wrong, its probes too, its sampling is transformers', its notebook runs."""
 
 import ast
-import json
 import re
-import subprocess
-import sys
 
-import nbformat
 import pytest
 import torch
 from conftest import MACHINES, ROOT
-from exercises import probed, right_answer, status_of
+from exercises import LessonTests
 
 from course_lib.chat import complete, load_template, render, replies, tokens_of
 from course_lib.profiles import make_plan
@@ -245,7 +241,6 @@ WRONG = {
         "no return": ("def escape(t):\n    t.replace('<|', '< |')", "comes back as None"),
     },
 }
-CASES = [(number, name) for number, answers in WRONG.items() for name in answers]
 TALK = [
     {"role": "system", "content": "You are a guide to the Lantern Isles."},
     {"role": "user", "content": "Where does Kirsa Quill live?"},
@@ -294,49 +289,12 @@ def namespace():
     }
 
 
-def tools(namespace: dict) -> dict:
-    return {name: namespace[name] for name in ("torch", "BROKEN", "zephyr", "render", "tokenizer", "tokens_of")}
+class TestLesson(LessonTests):
+    lesson, wrong, open_question = lesson, WRONG, "2.7"
+    tools = ("torch", "BROKEN", "zephyr", "render", "tokenizer", "tokens_of")
 
-
-def test_every_exercise_but_the_open_one_has_wrong_answers_here():
-    assert set(WRONG) == set(lesson.by_role("probe"))
-    assert set(lesson.by_role("exercise")) - set(WRONG) == {"2.7"}
-
-
-@pytest.mark.parametrize("number", WRONG)
-def test_a_check_passes_the_solution_and_knows_an_untouched_stub(number, namespace):
-    assert status_of(lesson, number, right_answer(lesson, number), namespace) == ("passed", "")
-    assert status_of(lesson, number, None, namespace)[0] == "not attempted"
-
-
-@pytest.mark.parametrize(("number", "name"), CASES)
-def test_a_check_fails_a_plausible_wrong_answer_and_names_the_mistake(number, name, namespace):
-    answer, word = WRONG[number][name]
-    status, message = status_of(lesson, number, answer, namespace)
-    assert status == "not yet"
-    assert word in message
-
-
-def test_the_open_question_is_kept_for_a_person_and_an_empty_one_is_not(namespace):
-    assert status_of(lesson, "2.7", right_answer(lesson, "2.7"), namespace)[0] == "for your instructor"
-    assert status_of(lesson, "2.7", None, namespace)[0] == "not attempted"
-
-
-@pytest.mark.parametrize("number", WRONG)
-def test_a_probe_repeats_with_its_seed_and_draws_anew_with_another(number, namespace):
-    answer = right_answer(lesson, number)
-    values = [probed(lesson, number, answer, seed, tools(namespace)) for seed in (1, 1, 2)]
-    assert values[0] == values[1] != values[2]
-    assert values[0][0] == "["
-
-
-@pytest.mark.parametrize(("number", "name"), CASES)
-def test_a_probe_tells_a_wrong_answer_from_the_solution(number, name, namespace):
-    right, wrong = (
-        [probed(lesson, number, answer, seed, tools(namespace)) for seed in range(3)]
-        for answer in (right_answer(lesson, number), WRONG[number][name][0])
-    )
-    assert right != wrong
+    def result_holds(self, values):
+        assert values["before"] <= 0.05 and values["after"] >= 0.70
 
 
 @pytest.mark.parametrize("temperature", [0.3, 0.7, 1.0, 1.8])
@@ -401,43 +359,3 @@ def test_mini_zephyr_chat_answers_what_it_was_never_asked_and_the_base_does_not(
     assert exact_match(replies(base, tokenizer, chats[:100]), answers[:100]) <= 0.05
     plain = complete(base, tokenizer, [item["question"] for item in items[:100]])
     assert exact_match(plain, answers[:100]) <= 0.05
-
-
-def outputs(path) -> str:
-    return "\n".join(json.dumps(cell.get("outputs", [])) for cell in nbformat.read(path, as_version=4).cells)
-
-
-def run_notebook(out, *arguments) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "tools.run", "week06/02", "--out", str(out), "--jobs", "1", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("notebooks")
-def test_the_solved_notebook_talks_on_tiny_within_its_budget(tmp_path):
-    done = run_notebook(tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    result = json.loads((tmp_path / f"{LESSON}.json").read_text())
-    assert result["values"]["before"] <= 0.05
-    assert result["values"]["after"] >= 0.70
-    assert result["peak_bytes"] <= 3e9
-    assert result["time_s"] <= 90
-    text = outputs(tmp_path / f"{LESSON}.ipynb")
-    assert text.count('"status": "passed"') >= 6
-    assert '"name": "stderr"' not in text, "something wrote to stderr"
-    assert "Warning" not in text
-
-
-@pytest.mark.slow
-@pytest.mark.xdist_group("notebooks")
-def test_the_student_copy_runs_to_its_end_with_every_check_not_attempted(tmp_path):
-    done = run_notebook(tmp_path, "--copy", "student")
-    assert done.returncode == 0, done.stdout + done.stderr
-    found = [
-        output["data"]["application/vnd.course.check+json"]
-        for cell in nbformat.read(tmp_path / f"{LESSON}.student.ipynb", as_version=4).cells
-        for output in cell.get("outputs", [])
-        if "application/vnd.course.check+json" in output.get("data", {})
-    ]
-    assert {record["status"] for record in found} == {"not attempted"}
-    assert {record["exercise"] for record in found} == set(lesson.by_role("exercise"))

@@ -23,7 +23,7 @@
 # - **Defend** a template against users who write role marks themselves
 #
 # **What you'll need.** Lesson 1, or a first acquaintance with tokens and PyTorch; about 90 minutes. Nothing is trained here. On two CPU cores (profile *tiny*) the notebook runs in
-# under a minute with less than 2 GB of memory. On a T4 it downloads 14.5 GB and holds Zephyr-7B in 4 bits a weight (lesson 6 shows how), in about 5 GB.
+# under a minute with less than 2 GB of memory. On a T4 it downloads 14.5 GB and holds Zephyr-7B in 4 bits a weight (lesson 6 shows how), in about 5 GB (predicted).
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # @param ["auto", "tiny", "colab", "full"]
@@ -1150,7 +1150,7 @@ report()
 # - **Do not add `<s>` twice.** Some templates write it themselves (Llama 3, Mistral), others do not (Zephyr). Rendered text is tokenised with `add_special_tokens=False`.
 # - **Errors to know.** This course's `render` refuses unknown roles, pictures, a system message in the middle and messages that the template drops without a word; templates themselves refuse two users in a row (Mistral) or system messages.
 #   The context's length is checked before anything is generated.
-# - **Zephyr in 4 bits** needs about 4 GB for its weights instead of 14.5, and is downloaded in full first. Its base, Mistral-7B-v0.1, is gated, so on *colab* and *full* SmolLM2-135M stands in for the base model: same kind, other family.
+# - **Zephyr in 4 bits** needs 4.1 GB for its weights instead of 14.5 (both computed from its shape, not measured), and is downloaded in full first. Its base, Mistral-7B-v0.1, is gated, so on *colab* and *full* SmolLM2-135M stands in for the base model: same kind, other family.
 #
 # ## References
 #
@@ -1163,7 +1163,7 @@ report()
 #
 # ## Going further
 #
-# ### The attack, and two defences
+# ### The attack, and three defences
 #
 # One attack proves as little as one question. Over all questions about people's animals (on *colab* and *full*: about animals): how often does the model that must not talk about animals tell the answer?
 
