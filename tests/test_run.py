@@ -188,7 +188,7 @@ def test_parameters_keep_their_kind():
 
 
 def test_a_variant_gets_a_file_of_its_own(tmp_path):
-    options = run._parse(["--param", "DATA_DIR=../x/ag_news", "--param", "SEED=3", "--out", str(tmp_path)])
+    options = run._parse(["week06/01", "--param", "DATA_DIR=../x/ag_news", "--param", "SEED=3", "--out", str(tmp_path)])
     (job,) = run.plan_jobs(options)
     assert job.target.name == "01_bert_classification.DATA_DIR_ag_news-SEED_3.ipynb"
     assert job.parameters == {"PROFILE": "tiny", "DATA_DIR": "../x/ag_news", "SEED": 3}
