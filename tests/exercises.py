@@ -50,6 +50,20 @@ def outputs(path: Path) -> list[dict]:
     return [output for cell in nbformat.read(path, as_version=4).cells for output in cell.get("outputs", [])]
 
 
+def values_of(path: Path) -> dict:
+    """Return what an executed notebook recorded, by name."""
+    data = [output.get("data", {}) for output in outputs(path)]
+    found = [each[checks.RECORD_MIME] for each in data if checks.RECORD_MIME in each]
+    return {record["name"]: record["value"] for record in found}
+
+
+def run_lesson(name: str, out: Path, *arguments: str) -> None:
+    """Execute a lesson by tools.run into a folder."""
+    command = [sys.executable, "-m", "tools.run", name, "--out", str(out), "--jobs", "1", *arguments]
+    done = subprocess.run(command, cwd=LESSONS.parent, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 class LessonTests:
     """Tests that each lesson's module inherits; a `namespace` fixture gives the names that its notebook has at a check.
 
@@ -105,16 +119,10 @@ class LessonTests:
         )
         assert right != wrong
 
-    def run(self, out: Path, *arguments: str) -> None:
-        """Execute the lesson by tools.run into a folder."""
-        command = [sys.executable, "-m", "tools.run", self.lesson.name, "--out", str(out), "--jobs", "1", *arguments]
-        done = subprocess.run(command, cwd=LESSONS.parent, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
-
     @pytest.mark.slow
     @pytest.mark.xdist_group("notebooks")
     def test_the_solved_notebook_shows_its_result_within_its_budget(self, tmp_path):
-        self.run(tmp_path)
+        run_lesson(self.lesson.name, tmp_path)
         result = json.loads((tmp_path / f"{self.lesson.name}.json").read_text())
         self.result_holds(result["values"])
         assert result["peak_bytes"] <= 3e9
@@ -127,10 +135,10 @@ class LessonTests:
     @pytest.mark.slow
     @pytest.mark.xdist_group("notebooks")
     def test_the_student_copy_runs_to_its_end_with_every_check_not_attempted(self, tmp_path):
-        self.run(tmp_path, "--copy", "student")
-        data = [output.get("data", {}) for output in outputs(tmp_path / f"{self.lesson.name}.student.ipynb")]
+        run_lesson(self.lesson.name, tmp_path, "--copy", "student")
+        path = tmp_path / f"{self.lesson.name}.student.ipynb"
+        data = [output.get("data", {}) for output in outputs(path)]
         found = [each[checks.CHECK_MIME] for each in data if checks.CHECK_MIME in each]
         assert {record["status"] for record in found} == {"not attempted"}
         assert {record["exercise"] for record in found} == set(self.lesson.by_role("exercise"))
-        values = [each[checks.RECORD_MIME] for each in data if checks.RECORD_MIME in each]
-        self.result_holds({value["name"]: value["value"] for value in values})
+        self.result_holds(values_of(path))

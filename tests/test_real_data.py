@@ -10,7 +10,7 @@ import zipfile
 
 import pytest
 from conftest import LESSON, MACHINES
-from test_lesson_week06_01 import run_notebook, values_of
+from exercises import run_lesson, values_of
 
 from course_lib import models, train
 from course_lib.data import load_task, tokenize
@@ -49,8 +49,7 @@ def subset(real_data, tmp_path):
 @pytest.mark.parametrize("task", ["ag_news", "imdb"])
 def test_the_same_notebook_runs_on_real_rows_of_the_folder_one_names(subset, tmp_path, task):
     folder = subset(task)
-    done = run_notebook(tmp_path / "out", "--param", f"DATA_DIR={folder}")
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_lesson(LESSON, tmp_path / "out", "--param", f"DATA_DIR={folder}")
     (notebook,) = (tmp_path / "out").rglob("*.ipynb")
     found = values_of(notebook)
     assert found["metric"] == f"accuracy, {task}"
