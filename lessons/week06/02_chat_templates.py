@@ -808,7 +808,7 @@ def next_logits(text: str) -> torch.Tensor:
     """Return the scores of every token to come next, shape (vocab,), in double precision."""
     ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").to(model.device)
     with torch.no_grad():
-        return model(**ids).logits[0, -1].double().cpu()
+        return model(**ids).logits[0, -1].cpu().double()
 
 
 logits = next_logits(begun)
