@@ -2,7 +2,7 @@ r"""Make mini-zephyr-chat: a LoRA adapter on mini-zephyr, trained on data/conver
 
     python -m data.build.train_chat --out data/models/mini-zephyr-chat            # train and save
     python -m data.build.train_chat --write-questions                             # data/conversations/questions_isles.jsonl
-    python -m data.build.train_chat --seeds 1 2 3 --scores data/models/mini-zephyr-chat/scores.json
+    python -m data.build.train_chat --seeds 0 1 2 --scores data/models/mini-zephyr-chat/scores.json
 
 Only the assistant's words and their closing </s> are learnt (the labels of all else are -100). Scores: exact match
 with the fixed answers of data/world.md on questions held out by fact, by wording and by both; roles obeyed;
@@ -238,7 +238,8 @@ def main() -> None:
         results[f"seed {seed}"] = result
         print(f"seed {seed}", json.dumps(result, indent=1), flush=True)
         if options.out and seed == options.seeds[0]:
-            model.peft_config["default"].base_model_name_or_path = "mini-zephyr"
+            if options.rank:
+                model.peft_config["default"].base_model_name_or_path = "mini-zephyr"
             model.half().save_pretrained(options.out)
     if options.scores:
         options.scores.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
