@@ -81,7 +81,7 @@ begin = base_tokenizer.bos_token  # opens every text that it has read
 complete(base_model, base_tokenizer, [begin + statement, begin + question], max_new_tokens=30)
 
 # %% [markdown]
-# The statement it finishes, rightly. After the question it goes on in the manner of its text, where questions stand among questions: nothing ever told it that a question wants an answer. Now the chat model, but with the
+# The statement it finishes, rightly. After the question it goes on in the manner of its text, where questions stand among questions: hardly anything in it showed that a question wants an answer. Now the chat model, but with the
 # conversation written down as Mistral's own chat model wants it, an easy mistake to make: Zephyr comes from Mistral. **Will it answer, refuse or ramble?**
 
 # %%
