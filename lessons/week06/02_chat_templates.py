@@ -131,8 +131,11 @@ right = {name: share_right(texts, items) for name, texts in given.items()}
 ax = plots.bars(right, xlabel="model, template", ylabel=f"share of {len(items)} answered rightly")
 
 # %%
-compared = "base,\nzephyr" if plan.questions == "isles" else "chat,\nnone"
-record("metric", "questions answered rightly, " + compared.replace("\n", " ") + " and chat, zephyr")
+pair = ("base,\nzephyr", "base and chat model")
+if plan.questions != "isles":  # the base is of another family there
+    pair = ("chat,\nnone", "without and with template")
+compared, told = pair
+record("metric", f"questions answered rightly, {told}")
 record("before", round(right[compared], 4))
 record("after", round(right["chat,\nzephyr"], 4))
 
