@@ -152,31 +152,107 @@ def activation_bytes(
     return shape.num_hidden_layers * (per_unit * units + (scores if keeps_scores else 0))
 
 
+def decoder_activation_bytes(
+    shape: DecoderShape,
+    batch_size: int,
+    length: int,
+    *,
+    value_bytes: int = 4,
+    keeps_scores: bool = False,
+    learnt_tokens: int | None = None,
+    checkpointing: bool = False,
+    padded: bool = True,
+    logits_bytes: int = 4,
+) -> int:
+    """Return the bytes that the backward pass of a decoder needs kept, with the loss's float32 log-probabilities.
+
+    Counted as Korthikanti et al. 2022 (arXiv 2205.05198), section 4.1, count an encoder's, for RMSNorm, SwiGLU,
+    grouped queries and no dropout as transformers has them; ``value_bytes`` of 2 is autocast. What is one value a
+    token or a head is left out. ``keeps_scores`` is eager attention, ``padded`` a batch with padding, for which
+    fused attention keeps keys and values once a query head, and its mask. ``learnt_tokens`` is the batch's number
+    of positions with logits, by default all. ``checkpointing`` keeps each layer's input, and either one layer or
+    the head at a time. ``logits_bytes`` of 12 is the peak in the loss's backward pass, which holds two gradients of
+    the logits' size; a layer's own gradients come on top and are not counted. Measured on a CPU.
+    """
+    tokens, mixed = batch_size * length, value_bytes < 4
+    hidden, queries = shape.hidden_size, shape.num_attention_heads * shape.head_dim
+    keys = queries if padded or keeps_scores else shape.num_key_value_heads * shape.head_dim
+    entered = 4 * hidden * tokens  # autocast leaves what goes from layer to layer in float32
+    # Each of the two norms keeps its input and the scaled input. Its result is kept for attention and for the
+    # feed-forward part; autocast casts it anew for query, key, value, gate and up.
+    norms = 4 * entered + (5 if mixed else 2) * value_bytes * hidden * tokens
+    # Query, attended values; key, value; gate, its SiLU, up and their product.
+    layer = norms + value_bytes * (2 * queries + 2 * keys + 4 * shape.intermediate_size) * tokens
+    if keeps_scores:  # the softmax in float32, and its cast
+        layer += (4 + (value_bytes if mixed else 0)) * shape.num_attention_heads * length * tokens
+    elif padded:
+        layer += value_bytes * length * tokens
+    learnt = tokens if learnt_tokens is None else learnt_tokens
+    head = 2 * entered + learnt * (value_bytes * hidden + logits_bytes * shape.vocab_size)
+    if checkpointing:
+        return shape.num_hidden_layers * entered + max(layer - entered, head)
+    return shape.num_hidden_layers * layer + head
+
+
 def training_memory(
-    shape: EncoderShape,
+    shape: EncoderShape | DecoderShape,
     batch_size: int,
     length: int,
     *,
     num_labels: int = 2,
     value_bytes: int = 4,
     on_cpu: bool = True,
+    keeps_scores: bool = False,
+    learnt_tokens: int | None = None,
+    checkpointing: bool = False,
 ) -> TrainingMemory:
-    """Return what full fine-tuning of a classifier with Adam and float32 weights holds, in bytes.
+    """Return what full fine-tuning with Adam and float32 weights holds, in bytes.
 
     ``value_bytes`` is the size of the activations (2 under mixed precision, which also keeps a 16-bit copy of the
-    matrices).
+    matrices). An encoder is a classifier of ``num_labels``; the last three are a decoder's, as in
+    `decoder_activation_bytes`, and its activations are those at the peak of the loss's backward pass.
     """
-    parameters = shape.num_parameters(num_labels)
-    weights = 4 * parameters + (value_bytes * parameters if value_bytes < 4 else 0)
-    activations = activation_bytes(
-        shape,
-        batch_size,
-        length,
-        value_bytes=value_bytes,
-        mask_bytes=value_bytes if on_cpu else 1,
-        keeps_scores=on_cpu,  # the CPU kernel with dropout and a padding mask keeps them
-    )
+    if isinstance(shape, DecoderShape):
+        parameters = shape.num_parameters()
+        copied = shape.linear_parameters + shape.vocab_size * shape.hidden_size
+        activations = decoder_activation_bytes(
+            shape,
+            batch_size,
+            length,
+            value_bytes=value_bytes,
+            keeps_scores=keeps_scores,
+            learnt_tokens=learnt_tokens,
+            checkpointing=checkpointing,
+            logits_bytes=12,
+        )
+    else:
+        parameters = copied = shape.num_parameters(num_labels)
+        activations = activation_bytes(
+            shape,
+            batch_size,
+            length,
+            value_bytes=value_bytes,
+            mask_bytes=value_bytes if on_cpu else 1,
+            keeps_scores=on_cpu,  # the CPU kernel with dropout and a padding mask keeps them
+        )
+    weights = 4 * parameters + (value_bytes * copied if value_bytes < 4 else 0)
     return TrainingMemory(weights, 4 * parameters, ADAM_BYTES * parameters, activations, runtime_bytes(on_cpu))
+
+
+def disk_bytes(shape: DecoderShape, *, value_bytes: int = 2, checkpoints: int = 1) -> int:
+    """Return the bytes of a run's final weights and its checkpoints: float32 weights and Adam's moments in each."""
+    return (value_bytes + checkpoints * (4 + ADAM_BYTES)) * shape.num_parameters()
+
+
+def training_flops(shape: DecoderShape, num_tokens: int, length: int) -> float:
+    """Return the floating-point operations of training on ``num_tokens``, in rows of ``length``.
+
+    6 a token for each weight of a matrix (Kaplan et al. 2020, arXiv 2001.08361, section 2.1), the head's too but not
+    the embedding's, which is only looked up. Attention adds ``12 * layers * heads * head_dim * length`` (Chowdhery et
+    al. 2022, arXiv 2204.02311, appendix B), here halved: a causal model's token sees half of its row on average.
+    """
+    attention = 12 * shape.num_hidden_layers * shape.num_attention_heads * shape.head_dim * length / 2
+    return num_tokens * (6 * (shape.linear_parameters + shape.vocab_size * shape.hidden_size) + attention)
 
 
 def runtime_bytes(on_cpu: bool) -> int:
