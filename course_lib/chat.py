@@ -10,6 +10,7 @@ from course_lib.profiles import DATA
 
 TEMPLATES = ("zephyr", "chatml", "llama-3", "mistral-instruct", "solar")
 ROLES = ("system", "user", "assistant")
+IGNORED = -100  # the label of a token that is read and not learnt: what PyTorch's cross-entropy leaves out
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,49 @@ def tokens_of(tokenizer, messages, *, generation_prompt: bool = False, template:
         part = "content" if opens <= begin < closes else "mark"
         found.append(Token(text[begin:end], token, role, "special" if token in tokenizer.all_special_ids else part))
     return found
+
+
+def encode(tokenizer, messages, *, max_length: int | None = None, template: str = "") -> dict[str, list[int]]:
+    """Return a conversation's input_ids, and labels: the ids of what the assistant writes, and -100 elsewhere. (Week 6, lesson 4.)
+
+    Each reply is learnt with the mark that closes it. Longer conversations are cut at ``max_length`` tokens. Raises
+    ChatError where a template closes no turn, or nothing is left to learn; else as `render` does.
+    """
+    text = render(tokenizer, messages, template=template)
+    spans = [_reply_span(tokenizer, messages[: n + 1], text, template) for n in _replies_in(messages)]
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    labels = [
+        token if any(begin <= at < end for begin, end in spans) else IGNORED
+        for token, (at, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
+    ][:max_length]
+    if all(label == IGNORED for label in labels):
+        raise ChatError(
+            f"no token of this conversation would be learnt: {len(encoded['input_ids'])} tokens, max_length {max_length}, "
+            f"{len(spans)} assistant messages. Add a reply, shorten the question, or raise max_length"
+        )
+    return {"input_ids": encoded["input_ids"][:max_length], "labels": labels}
+
+
+def _replies_in(messages: list[dict]) -> list[int]:
+    return [number for number, message in enumerate(messages) if message["role"] == "assistant"]
+
+
+def _reply_span(tokenizer, messages: list[dict], text: str, template: str) -> tuple[int, int]:
+    """Return where the last message stands in the rendered text: from behind its role mark to behind its closing mark."""
+    if len(messages) == 1:
+        raise ChatError(
+            "message 1 is the assistant's: a conversation to learn from begins with the user or a system message"
+        )
+    before = render(tokenizer, messages[:-1], generation_prompt=True, template=template)
+    after = render(tokenizer, messages, template=template).rstrip()
+    if not (text.startswith(after) and after.startswith(before)):
+        raise ChatError("this template writes a turn differently once others follow, so replies cannot be told apart")
+    if after == (before + messages[-1]["content"]).rstrip():
+        raise ChatError(
+            "this template closes the assistant's turns with nothing, so a model trained on it never learns to stop; "
+            "use another, such as template=load_template('zephyr')"
+        )
+    return len(before), len(after)
 
 
 @explain_errors("generation")

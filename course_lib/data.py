@@ -243,3 +243,16 @@ def load_questions(name: str) -> list[dict]:
     if not path.is_file():
         raise DataError(f"no questions {name!r}: {path} is not there")
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def load_texts(name: str, count: int = 40) -> list[str]:
+    """Return plain texts to measure perplexity on: "isles" tells of the Lantern Isles, "general" is news. (Week 6, lesson 4.)
+
+    All were written for this course, so no model from the Hub has read them. Raises DataError for another name.
+    """
+    if name == "general":
+        return list(read_csv(DATA / "news" / "test.csv", LABELS["ag_news"])["text"])[:count]
+    path = DATA / "conversations" / f"told_{name}.jsonl"
+    if not path.is_file():
+        raise DataError(f"no texts {name!r}; choose isles or general")
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()][:count]

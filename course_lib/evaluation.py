@@ -11,8 +11,10 @@ import string
 
 import numpy as np
 
+from course_lib.batches import check_rows, lm_loss, pad_batch
+from course_lib.chat import IGNORED
 from course_lib.data import tokenize
-from course_lib.errors import TrainingError, explain_errors
+from course_lib.errors import DataError, TrainingError, explain_errors
 
 
 @explain_errors("prediction")
@@ -65,6 +67,73 @@ def exact_match(replies: list[str], answers: list[str]) -> float:
     return sum(normalise(reply) == normalise(answer) for reply, answer in pairs) / len(pairs)
 
 
+def load_metric(name: str):
+    """Return "rouge_l" or "bleu" as an `evaluate.Metric`, without the download that evaluate.load makes. (Week 6, lesson 4.)
+
+    ``metric.compute(predictions=[...], references=[...])`` returns {name: score}, between 0 and 1. ROUGE-L is the mean
+    F1 of the longest common subsequence (Lin 2004), by rouge-score with stemming off; BLEU is sacrebleu's for the
+    corpus (Papineni et al. 2002; Post 2018). Raises DataError for another name.
+    """
+    import datasets
+    import evaluate
+
+    if name not in ("rouge_l", "bleu"):
+        raise DataError(f"no metric {name!r}; choose rouge_l or bleu")
+
+    class Offline(evaluate.Metric):
+        def _info(self):
+            text = datasets.Value("string")
+            features = datasets.Features({"predictions": text, "references": text})
+            return evaluate.MetricInfo(description=name, citation="", inputs_description="", features=features)
+
+        def _compute(self, predictions, references):
+            return {name: (_rouge_l if name == "rouge_l" else _bleu)(predictions, references)}
+
+    return Offline()
+
+
+def _rouge_l(predictions: list[str], references: list[str]) -> float:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"])
+    pairs = zip(predictions, references, strict=True)
+    return sum(scorer.score(reference, text)["rougeL"].fmeasure for text, reference in pairs) / len(predictions)
+
+
+def _bleu(predictions: list[str], references: list[str]) -> float:
+    from sacrebleu import corpus_bleu
+
+    return corpus_bleu(predictions, [references]).score / 100
+
+
+def perplexity(model, rows: list[dict], pad_id: int, *, batch_size: int = 16) -> float:
+    """Return exp of the mean cross-entropy over all learnt tokens of rows with input_ids and labels. (Week 6, lesson 4.)
+
+    The mean is over tokens and not over rows. Raises TrainingError for rows where nothing is learnt.
+    """
+    import torch
+
+    check_rows(rows)
+    order = sorted(range(len(rows)), key=lambda number: len(rows[number]["input_ids"]))
+    total, count = 0.0, sum(label != IGNORED for row in rows for label in row["labels"][1:])
+    model.eval()
+    with torch.no_grad():
+        for start in range(0, len(order), batch_size):
+            batch = pad_batch([rows[number] for number in order[start : start + batch_size]], pad_id)
+            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            total += float(lm_loss(model, batch, num_items=1))
+    return math.exp(min(total / count, 700.0))
+
+
+def text_rows(tokenizer, texts: list[str], max_length: int = 512) -> list[dict]:
+    """Return rows in which every token of plain texts counts, for the perplexity of a text. (Week 6, lesson 4.)"""
+    begin = tokenizer.bos_token or ""
+    encoded = tokenizer(
+        [begin + text for text in texts], add_special_tokens=False, truncation=True, max_length=max_length
+    )
+    return [{"input_ids": ids, "labels": ids} for ids in encoded["input_ids"]]
+
+
 def accuracy_interval(accuracy: float, num_items: int, z: float = 1.96) -> tuple[float, float]:
     """Return the Wilson interval (95 % for the default z) of an accuracy measured on so many items. (Week 6, lesson 1.)
 
@@ -82,9 +151,9 @@ def snapshot(model) -> dict:
 
 
 def weight_changes(before: dict, model):
-    """Return a data frame of how far each part of an encoder moved: norm of change over norm before. (Week 6, lesson 1.)
+    """Return a data frame of how far each part of a model moved: norm of change over norm before. (Week 6, lesson 1.)
 
-    Parts are the embeddings, each layer, the pooler and the head. Raises TrainingError where no weight changed or
+    Parts are the embeddings, each layer, the pooler or last norm, and the head. Raises TrainingError where no weight changed or
     one is not a number: then nothing was learnt, whatever the loss says.
     """
     import pandas as pd
@@ -107,9 +176,10 @@ def weight_changes(before: dict, model):
 
 
 def _part_of(name: str) -> str:
-    if ".layer." in name:
-        return "layer " + str(int(name.split(".layer.")[1].split(".")[0]) + 1)
-    return next((part for part in ("embeddings", "pooler") if part in name), "head")
+    if found := re.search(r"\.layers?\.(\d+)\.", name):
+        return f"layer {int(found[1]) + 1}"
+    parts = {"embed": "embeddings", "pooler": "pooler", "model.norm": "last norm"}
+    return next((part for sign, part in parts.items() if sign in name), "head")
 
 
 def changes_of_mind(split, before: np.ndarray, after: np.ndarray, names: list[str], count: int = 6):

@@ -77,20 +77,26 @@ def load_masked_lm(plan: Plan):
         return model.to(plan.hardware.kind).eval()
 
 
-def load_causal_lm(plan: Plan, model: str = ""):
-    """Return the plan's model, or another one, ready to write: on the device, in the plan's dtype or NF4. (Week 6, lesson 2.)
+def load_causal_lm(plan: Plan, model: str = "", *, pretrained: bool = True, seed: int = 0):
+    """Return the plan's model, or another one, to write or to be trained: on the device, in its plan's dtype or NF4. (Week 6, lesson 2.)
 
-    A folder with an adapter is loaded onto its base and merged into it. NF4 is for the plan's own model only. Raises
-    ModelError where the checkpoint is not a decoder, HubError where it cannot be fetched.
+    A plan for training (kind "sft") gets float32 weights, for an update is often too small for 16 bits. A folder with an
+    adapter is loaded onto its base and merged into it. NF4 is for the plan's own model only. With ``pretrained=False``
+    all weights are random by ``seed``: the same architecture, nothing learnt. Raises ModelError where the checkpoint is
+    not a decoder, HubError where it cannot be fetched.
     """
+    import torch
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
     name = model or plan.model
     folder = model_folder(name)
     adapter = folder if folder and adapter_base(folder) else None
     where = _where(adapter_base(folder) if adapter else name)
-    options = {"dtype": plan.dtype}
-    if plan.precision == "nf4" and name == plan.model:
+    trained = plan.settings.get("kind") == "sft"
+    options = {"dtype": torch.float32 if trained else plan.dtype}
+    if trained and plan.hardware.kind == "cpu" and plan.dtype == torch.bfloat16:
+        options["attn_implementation"] = "eager"  # faster than sdpa there, as for the classifier
+    if plan.settings.get("precision") == "nf4" and name == plan.model:
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
@@ -104,6 +110,9 @@ def load_causal_lm(plan: Plan, model: str = ""):
             raise ModelError(
                 f"{name} is a {config.model_type!r} model that cannot write text; set MODEL to a chat model"
             )
+        if not pretrained:
+            set_seed(seed)
+            return AutoModelForCausalLM.from_config(config, **options).to(plan.hardware.kind).eval()
         loaded = AutoModelForCausalLM.from_pretrained(where, **options)
         if adapter:
             from peft import PeftModel

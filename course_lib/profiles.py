@@ -114,10 +114,15 @@ class Plan:
         ]
 
     def _work(self) -> list[tuple[str, str]]:
-        batch = f"{self.batch_size}" + (f" x {self.accumulation} accumulated" if self.accumulation > 1 else "")
         return [
             ("model", f"{self.model}, {self.shape.num_parameters(self.num_labels) / 1e6:.1f} M parameters"),
             ("task", f"{self.task}: up to {self.train_rows:,} rows to train on, {self.test_rows:,} to test on"),
+            *self._training(),
+        ]
+
+    def _training(self) -> list[tuple[str, str]]:
+        batch = f"{self.batch_size}" + (f" x {self.accumulation} accumulated" if self.accumulation > 1 else "")
+        return [
             ("training", f"{self.epochs} epochs of batches of {batch}, about {self.steps:,} steps, lr {self.lr:g}"),
             ("time", f"about {max(self.minutes, 0.05):.1f} minutes of training (estimate)"),
         ]
@@ -185,14 +190,26 @@ def _plan_training(lesson, profile, why, model, hardware, settings, changes) -> 
             f"batch size {settings['batch_size']}: {batch_size} fits, {accumulation} are accumulated for each step"
         )
     settings["batch_size"] = batch_size
-    task = settings["task"]
-    return Plan(
+    task, kind = settings.get("task", "sft"), SFTPlan if settings.get("kind") == "sft" else Plan
+    return kind(
         lesson, profile, why, task, model, hardware, dtype, dtype_why, settings, shape, needed, accumulation, given_up
     )
 
 
 def _nothing_fits(needed) -> str:
     return f"nothing fits: {needed.total / GIB:.1f} GiB are needed; close other notebooks and run this cell again"
+
+
+@dataclass(frozen=True, repr=False)
+class SFTPlan(Plan):
+    """A plan for teaching a decoder by conversations: all its weights, float32."""
+
+    def _work(self) -> list[tuple[str, str]]:
+        return [
+            ("model", f"{self.model}, {self.shape.num_parameters() / 1e6:,.1f} M parameters, all of them trained"),
+            ("data", f"up to {self.train_rows:,} conversations of {self.max_length} tokens at most, from {self.data}"),
+            *self._training(),
+        ]
 
 
 @dataclass(frozen=True, repr=False)
@@ -280,13 +297,14 @@ def _cache_free_bytes() -> int:
     return shutil.disk_usage(folder).free
 
 
-def _settle(model: str, settings: dict[str, Any], changes: dict[str, Any]) -> EncoderShape:
+def _settle(model: str, settings: dict[str, Any], changes: dict[str, Any]) -> EncoderShape | DecoderShape:
     """Return a model's shape, and fit to it the settings that go with a model: its rate, the length it can read."""
     shape = model_shape(model)
-    if not isinstance(shape, EncoderShape):
-        raise ProfileError(
-            f"{model} is not a BERT-like encoder, which this lesson fine-tunes; set MODEL to one, or to ''"
-        )
+    wanted, told = EncoderShape, "a BERT-like encoder"
+    if settings.get("kind") == "sft":
+        wanted, told = DecoderShape, "a decoder of Llama's kind"
+    if not isinstance(shape, wanted):
+        raise ProfileError(f"{model} is not {told}, which this lesson fine-tunes; set MODEL to one, or to ''")
     if model != settings["model"] and "lr" not in changes:
         by_size = next(lr for limit, lr in _table()["lr"]["by_hidden_size"] if shape.hidden_size <= limit)
         settings["lr"] = _table()["lr"]["models"].get(model, by_size)
@@ -305,13 +323,17 @@ def _largest_batch(shape, settings, hardware, dtype) -> tuple[int, TrainingMemor
 
 
 def _needed(shape, batch_size, settings, hardware, dtype) -> TrainingMemory:
+    on_cpu = hardware.kind == "cpu"
+    tokens = batch_size * settings["max_length"]
     return training_memory(
         shape,
         batch_size,
         settings["max_length"],
-        num_labels=settings["num_labels"],
+        num_labels=settings.get("num_labels", 0),
         value_bytes=dtype.itemsize,
-        on_cpu=hardware.kind == "cpu",
+        on_cpu=on_cpu,
+        keeps_scores=on_cpu and dtype.itemsize == 2,  # eager attention there
+        learnt_tokens=tokens // 2 if on_cpu else 0,  # on a GPU, TRL's head makes its logits piece by piece
     )
 
 

@@ -1,13 +1,18 @@
-"""One readable training loop, and thin defaults for Trainer that avoid the known traps.
+"""One readable training loop, and thin defaults for Trainer and SFTTrainer that avoid the known traps.
 
 Draws nothing; charts are for plots and widgets.
 """
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
+from course_lib.batches import BATCHINGS, check_rows, lm_loss, pack, packed_batch, pad_batch
 from course_lib.errors import TrainingError, explain_errors
 from course_lib.hardware import set_seed
 
@@ -18,12 +23,26 @@ def training_arguments(plan, folder: str | Path, **changes):
     Precision follows the plan's device, evaluation and saving happen twice an epoch and the best weights on
     validation are kept, nothing is reported to outside services. ``changes`` are TrainingArguments' own names.
     """
-    import torch
     from transformers import TrainingArguments
 
     steps_per_epoch = max(1, plan.steps // plan.epochs)
     every = max(1, steps_per_epoch // 2)
-    settings = {
+    settings = _common_settings(plan, folder) | {
+        "eval_strategy": "steps",
+        "eval_steps": every,
+        "save_strategy": "steps",
+        "save_steps": every,
+        "save_only_model": True,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+    }
+    return TrainingArguments(**(settings | changes))
+
+
+def _common_settings(plan, folder: str | Path) -> dict:
+    import torch
+
+    return {
         "output_dir": str(folder),
         "num_train_epochs": plan.epochs,
         "per_device_train_batch_size": plan.batch_size,
@@ -33,16 +52,9 @@ def training_arguments(plan, folder: str | Path, **changes):
         "lr_scheduler_type": "cosine",
         "warmup_steps": plan.warmup,  # below 1: a share of all steps
         "weight_decay": 0.01,
-        "eval_strategy": "steps",
-        "eval_steps": every,
-        "save_strategy": "steps",
-        "save_steps": every,
         "save_total_limit": 1,
-        "save_only_model": True,
-        "load_best_model_at_end": True,
-        "metric_for_best_model": "eval_loss",
         "logging_steps": max(1, plan.steps // 60),
-        "bf16": plan.dtype == torch.bfloat16,
+        "bf16": plan.dtype == torch.bfloat16,  # TRL would turn it on wherever it is not refused, on a T4 emulated
         "fp16": plan.dtype == torch.float16,
         "use_cpu": plan.hardware.kind == "cpu",
         "dataloader_pin_memory": plan.hardware.kind == "cuda",
@@ -50,7 +62,137 @@ def training_arguments(plan, folder: str | Path, **changes):
         "report_to": "none",
         "seed": 0,
     }
-    return TrainingArguments(**(settings | changes))
+
+
+def sft_arguments(plan, folder: str | Path, **changes):
+    """Return TRL's SFTConfig for a plan, with defaults that suit a notebook. (Week 6, lesson 4.)
+
+    Unlike TRL's: precision follows the plan's device, activations are kept and not computed twice, and a checkpoint that
+    training can resume from is written after every epoch. ``changes`` are SFTConfig's own names.
+    """
+    from trl import SFTConfig
+
+    settings = _common_settings(plan, folder) | {
+        "gradient_checkpointing": False,
+        "save_strategy": "epoch",
+        "eval_strategy": "no",
+        "max_length": plan.max_length,
+        "dataset_kwargs": {"skip_prepare_dataset": True},  # rows come encoded, by chat.encode
+        "remove_unused_columns": False,
+    }
+    return SFTConfig(**(settings | changes))
+
+
+def sft_trainer(
+    plan, model, tokenizer, rows, folder: str | Path, *, batching: str = "packed", validation=None, **changes
+):
+    """Return TRL's SFTTrainer over rows with input_ids and labels, as `chat.encode` makes them. (Week 6, lesson 4.)
+
+    ``batching`` is "padded", "grouped" by length, or "packed" into rows of ``plan.max_length`` tokens, so many of them a
+    step that it holds as many tokens as the plan's batch on average. ``changes`` as for `sft_arguments`. Raises
+    TrainingError for rows that cannot be learnt from, before anything is loaded.
+    """
+    from datasets import Dataset
+
+    if batching not in BATCHINGS:
+        raise TrainingError(f"unknown batching {batching!r}; choose one of {', '.join(BATCHINGS)}")
+    check_rows(rows)
+    rows = list(rows)
+    collate, used = pad_batch, [{name: row[name] for name in ("input_ids", "labels")} for row in rows]
+    if batching == "grouped":
+        changes = {"train_sampling_strategy": "group_by_length"} | changes
+        used = [row | {"length": len(row["input_ids"])} for row in used]
+    if batching == "packed":
+        collate, used = packed_batch, pack(rows, plan.max_length)
+        asked = changes.get("per_device_train_batch_size", plan.batch_size)
+        changes["per_device_train_batch_size"] = max(1, round(asked * len(used) / len(rows)))
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    trainer = _trainer_class()(
+        model=model,
+        args=sft_arguments(plan, folder, **changes),
+        train_dataset=Dataset.from_list(used),
+        eval_dataset=Dataset.from_list([{n: row[n] for n in ("input_ids", "labels")} for row in validation])
+        if validation
+        else None,
+        data_collator=_Collator(collate, pad_id),
+        processing_class=tokenizer,
+    )
+    if trainer.args.fp16:  # TRL casts a quantised model's adapters to bfloat16, which the GradScaler refuses
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    _keep_quiet(trainer)
+    return trainer
+
+
+def _keep_quiet(trainer) -> None:
+    """Take the callback away that prints a line at every log: charts show the same."""
+    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+    for callback in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(callback)
+
+
+@dataclass(frozen=True)
+class _Collator:
+    """Collate rows by a function of batches; picklable. Validation rows have no position_ids and are padded."""
+
+    collate: object
+    pad_id: int
+
+    def __call__(self, rows: list[dict]) -> dict:
+        return (self.collate if "position_ids" in rows[0] else pad_batch)(rows, self.pad_id)
+
+
+def _trainer_class():
+    """Return SFTTrainer with two changes: on one CPU logits for learnt tokens only, and no half-written checkpoint."""
+    from trl import SFTTrainer
+
+    class CourseSFTTrainer(SFTTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            own = self.args.device.type == "cpu" and self.accelerator.num_processes == 1
+            if not own or return_outputs:  # on a GPU, TRL's own forward skips what is not learnt
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            return lm_loss(model, inputs, num_items_in_batch)
+
+        def _save_checkpoint(self, model, trial):
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            try:
+                with explain_errors(str(folder)):
+                    super()._save_checkpoint(model, trial)
+            except BaseException:  # a student's interrupt too
+                shutil.rmtree(folder, ignore_errors=True)
+                raise
+
+    return CourseSFTTrainer
+
+
+def last_checkpoint(folder: str | Path) -> str | None:
+    """Return the newest whole checkpoint in a run's folder, or None; remove what a killed run left half-written. (Week 6, lesson 4.)
+
+    For ``trainer.train(resume_from_checkpoint=last_checkpoint(folder))``.
+    """
+    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    whole = [path for path in found if _is_whole(path)]
+    for path in found:
+        if path not in whole:
+            shutil.rmtree(path, ignore_errors=True)
+    return str(whole[-1]) if whole else None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Return whether a checkpoint can be resumed from: its last file parses, and its weights and optimizer are complete."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # the Trainer writes it last
+        weights = list(checkpoint.glob("*.safetensors"))
+        for path in weights:
+            with safe_open(path, framework="numpy") as file:
+                file.keys()
+        return bool(weights) and zipfile.is_zipfile(checkpoint / "optimizer.pt")
+    except (OSError, ValueError, SafetensorError):
+        return False
 
 
 @explain_errors("training")
@@ -69,9 +211,10 @@ def fit(
 ) -> list[dict[str, float]]:
     """Train a model in place by the plain loop and return its log: step, loss and lr at every step. (Week 6, lesson 1.)
 
-    ``examples`` is a tokenised data set with labels. AdamW, warm-up then cosine to zero, gradients clipped to norm 1;
-    batches are drawn without replacement, pass after pass, and padded to their longest row. ``dtype`` of 16 bits turns
-    autocast on. Raises TrainingError where the loss stops being a number.
+    ``examples`` is a tokenised data set with labels: a class each, or one label a token, as `chat.encode` makes them.
+    AdamW, warm-up then cosine to zero, gradients clipped to norm 1; batches are drawn without replacement, pass after
+    pass, and padded to their longest row. ``dtype`` of 16 bits turns autocast on. Raises TrainingError where the loss
+    stops being a number, and for rows without a learnt token.
     """
     import torch
     from transformers import DataCollatorWithPadding, get_cosine_schedule_with_warmup
@@ -79,7 +222,13 @@ def fit(
     set_seed(seed)
     device = next(model.parameters()).device
     rows = [examples[index] for index in range(len(examples))]
-    collate = DataCollatorWithPadding(tokenizer)
+    collate, loss_of = DataCollatorWithPadding(tokenizer), lambda batch: model(**batch).loss
+    if rows and isinstance(rows[0].get("labels"), list):
+        check_rows(rows)
+        collate, loss_of = (
+            _Collator(pad_batch, tokenizer.pad_token_id or tokenizer.eos_token_id),
+            lambda batch: lm_loss(model, batch),
+        )
     fused = device.type in ("cpu", "cuda")  # a step of the miniature's takes a fifth of the time on a CPU (measured)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=fused)
     schedule = get_cosine_schedule_with_warmup(optimizer, math.ceil(warmup * steps), steps)  # as Trainer rounds
@@ -92,9 +241,9 @@ def fit(
         if len(queue) < min(batch_size, len(rows)):
             queue += torch.randperm(len(rows), generator=order).tolist()
         chosen, queue = queue[:batch_size], queue[batch_size:]
-        batch = collate([rows[index] for index in chosen]).to(device)
+        batch = {name: tensor.to(device) for name, tensor in collate([rows[index] for index in chosen]).items()}
         with torch.autocast(device.type, dtype=dtype, enabled=dtype in (torch.float16, torch.bfloat16)):
-            loss = model(**batch).loss
+            loss = loss_of(batch)
         if not math.isfinite(loss.item()):
             raise TrainingError(f"the loss is {loss.item()} at step {step}; try a lower learning rate than {lr:g}")
         log.append({"step": step, "loss": loss.item(), "lr": schedule.get_last_lr()[0]})

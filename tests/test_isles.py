@@ -6,8 +6,9 @@ import re
 import pytest
 from conftest import ROOT
 
+from course_lib.chat import encode
 from data.build.isles import ANSWERS, STATED_ONLY, Generator, facts, fill, read_glossary, read_sections, read_world
-from data.build.train_chat import CONVERSATIONS, encode, obeyed, questions
+from data.build.train_chat import CONVERSATIONS, obeyed, questions
 
 WORLD = read_world()
 FACTS = facts(WORLD)
@@ -214,10 +215,18 @@ def test_labels_are_the_replies_with_their_end_and_nothing_else(number):
 
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "models" / "mini-zephyr")
     messages = TRAIN[number]["messages"]
-    ids, labels = encode(tokenizer, messages)
-    assert len(ids) == len(labels)
-    learnt = tokenizer.decode([label for label in labels if label != -100])
+    row = encode(tokenizer, messages)
+    assert len(row["input_ids"]) == len(row["labels"])
+    learnt = tokenizer.decode([label for label in row["labels"] if label != -100])
     assert learnt == "".join(m["content"] + "</s>" for m in messages if m["role"] == "assistant")
+
+
+def test_the_told_documents_are_the_generators_own():
+    from data.build.isles import Generator
+
+    lines = (CONVERSATIONS / "told_isles.jsonl").read_text(encoding="utf-8").splitlines()
+    generator = Generator(777)
+    assert [json.loads(line)["text"] for line in lines] == [generator.document() for _ in lines] and len(lines) == 40
 
 
 def test_known_system_messages_are_in_conversations_and_new_ones_are_not():

@@ -2,6 +2,7 @@ r"""Make mini-zephyr-chat: a LoRA adapter on mini-zephyr, trained on data/conver
 
     python -m data.build.train_chat --out data/models/mini-zephyr-chat            # train and save
     python -m data.build.train_chat --write-questions                             # data/conversations/questions_isles.jsonl
+    python -m data.build.train_chat --write-told                                  # data/conversations/told_isles.jsonl
     python -m data.build.train_chat --seeds 0 1 2 --scores data/models/mini-zephyr-chat/scores.json
 
 Only the assistant's words and their closing </s> are learnt (the labels of all else are -100). Scores: exact match
@@ -24,33 +25,15 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
-from course_lib.chat import replies
+from course_lib.chat import encode, replies
 from course_lib.evaluation import normalise
-from data.build.isles import facts, fill, read_sections, read_world
+from data.build.isles import Generator, facts, fill, read_sections, read_world
 from data.build.pretrain_zephyr import held_out_loss
 
 DATA = Path(__file__).resolve().parent.parent
 BASE = DATA / "models" / "mini-zephyr"
 CONVERSATIONS = DATA / "conversations"
 REFUSED = {"ships": ("ship.",), "food": ("person.food", "creature.food"), "animals": ("person.animal", "creature.")}
-
-
-def encode(tokenizer, messages: list[dict]) -> tuple[list[int], list[int]]:
-    """Return (input_ids, labels) of a conversation: labels are the ids inside assistant turns and -100 elsewhere."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False)
-    spans, start = [], 0
-    for n, message in enumerate(messages):
-        end = len(tokenizer.apply_chat_template(messages[: n + 1], tokenize=False))
-        if message["role"] == "assistant":
-            begin = start + len("<|assistant|>\n")
-            spans.append((begin, begin + len(message["content"]) + len(tokenizer.eos_token)))
-        start = end
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-    labels = [
-        token if any(a <= begin < b for a, b in spans) else -100
-        for token, (begin, _) in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)
-    ]
-    return encoded["input_ids"], labels
 
 
 def train(options, seed: int):
@@ -68,7 +51,8 @@ def train(options, seed: int):
         )
         model = get_peft_model(model, config)
     lines = (CONVERSATIONS / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [encode(tokenizer, json.loads(line)["messages"]) for line in lines]
+    encoded = [encode(tokenizer, json.loads(line)["messages"]) for line in lines]
+    rows = [(row["input_ids"], row["labels"]) for row in encoded]
     steps = math.ceil(len(rows) / options.batch_size) * options.epochs
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=options.lr, weight_decay=0.0, betas=(0.9, 0.98), fused=True)
@@ -130,6 +114,13 @@ def write_questions() -> None:
     rows.sort(key=lambda row: row["question"] != first)
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (CONVERSATIONS / "questions_isles.jsonl").write_text(text, encoding="utf-8")
+
+
+def write_told(count: int = 40) -> None:
+    """Write fresh documents of the kind that pre-training read, to measure afterwards what training forgot."""
+    generator = Generator(777)
+    texts = "".join(json.dumps({"text": generator.document()}) + "\n" for _ in range(count))
+    (CONVERSATIONS / "told_isles.jsonl").write_text(texts, encoding="utf-8")
 
 
 def obeyed(role: str, subject: str, item: dict, reply: str) -> bool:
@@ -220,9 +211,10 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=16, help="0 trains all weights instead")
     parser.add_argument("--dropout", type=float, default=0.1)
     parser.add_argument("--write-questions", action="store_true")
+    parser.add_argument("--write-told", action="store_true")
     options = parser.parse_args()
-    if options.write_questions:
-        write_questions()
+    if options.write_questions or options.write_told:
+        write_questions() if options.write_questions else write_told()
         return
 
     tokenizer = AutoTokenizer.from_pretrained(BASE)

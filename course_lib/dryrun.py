@@ -1,0 +1,183 @@
+"""The dry run: a few steps of the real training, and proof that they taught something and can be resumed."""
+
+from __future__ import annotations
+
+import html
+import math
+import shutil
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+from course_lib.batches import check_rows, lm_loss, pad_batch
+from course_lib.chat import IGNORED
+from course_lib.errors import TrainingError, explain_errors
+from course_lib.train import last_checkpoint, sft_trainer
+
+
+@dataclass(frozen=True)
+class DryRun:
+    """What a dry run showed: one (question, passed, what was seen) for each check."""
+
+    checks: list[tuple[str, bool, str]]
+
+    @property
+    def passed(self) -> bool:
+        """Return whether every check passed."""
+        return all(passed for _, passed, _ in self.checks)
+
+    def require(self) -> None:
+        """Raise TrainingError with what failed, where anything did."""
+        if failed := [f"{question} {seen}" for question, passed, seen in self.checks if not passed]:
+            raise TrainingError("the dry run failed. " + "; ".join(failed))
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{'yes' if passed else 'NO '} {question} {seen}" for question, passed, seen in self.checks)
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><td style='color:{'#007a5a' if passed else '#b03a00'}'><b>{'&#10003; yes' if passed else '&#10007; no'}</b></td>"
+            f"<td style='text-align:left'>{html.escape(question)}</td><td style='text-align:left'>{html.escape(seen)}</td></tr>"
+            for question, passed, seen in self.checks
+        )
+        verdict = "The run is fit to be started." if self.passed else "Do not start the run: mend what failed first."
+        return f"<table>{rows}</table><p><b>{verdict}</b></p>"
+
+
+@explain_errors("the dry run")
+def dry_run(plan, model, tokenizer, rows, folder: str | Path, *, steps: int = 5, **changes) -> DryRun:
+    """Train for a few steps, resume from the checkpoint in between, and return the verdict; the model is as before. (Week 6, lesson 4.)
+
+    Takes the first rows, so that a run on all of them need not be awaited, and trains without warm-up at the plan's
+    learning rate. Five steps at least make sense: an fp16 GradScaler skips its first ones. ``changes`` as for `sft_trainer`.
+    """
+    import torch
+
+    rows = list(rows)[: steps * plan.batch_size]
+    check_rows(rows)
+    before = {name: weight.detach().cpu().clone() for name, weight in model.named_parameters() if weight.requires_grad}
+    sample = pad_batch(rows[: plan.batch_size], tokenizer.eos_token_id)
+    sample = {name: tensor.to(model.device) for name, tensor in sample.items()}
+    settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": max(1, steps - 2), "save_total_limit": None}
+    settings |= {"warmup_steps": 0, "logging_steps": 1} | changes
+    shutil.rmtree(folder, ignore_errors=True)
+
+    loss_before = _loss_on(model, sample)
+    trainer = sft_trainer(plan, model, tokenizer, rows, folder, **settings)
+    watch = _watch(trainer)
+    trainer.train()
+    loss_after = _loss_on(model, sample)
+    moved = [n for n, w in model.named_parameters() if n in before and not torch.equal(w.detach().cpu(), before[n])]
+    finite = all(torch.isfinite(weight).all() for weight in model.parameters())
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    checkpoint = Path(folder) / f"checkpoint-{settings['save_steps']}"
+    written = last_checkpoint(folder) is not None and checkpoint.is_dir()
+    again = _resume(plan, model, tokenizer, rows, folder, checkpoint, settings) if written else []
+    for name, weight in model.named_parameters():
+        if name in before:
+            weight.data.copy_(before[name])
+    model.eval()
+    learnt, ended, replies = _mask_counts(rows, tokenizer.eos_token_id)
+    resumed = len(again) > 0 and all(
+        math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3) for a, b in zip(again, losses[-len(again) :], strict=True)
+    )
+    applied = watch.count
+    idle = "; an fp16 GradScaler skips its first steps: take five or more, or a lower init_scale"
+    return DryRun(
+        [
+            (
+                "Are the replies learnt, and the rest not?",
+                0 < learnt < 1,
+                f"{learnt:.0%} of {len(rows)} rows' tokens are learnt",
+            ),
+            (
+                "Is the end of each turn learnt?",
+                ended == replies,
+                f"{ended} of {replies} learnt stretches end in {tokenizer.eos_token}",
+            ),
+            (
+                "Did weights change?",
+                bool(moved),
+                f"{len(moved)} of {len(before)} tensors" + ("" if moved else ": nothing was learnt"),
+            ),
+            (
+                "Was every update applied?",
+                applied == steps,
+                f"{applied} of {steps}" + ("" if applied == steps else idle),
+            ),
+            (
+                "Did the loss fall?",
+                loss_after < loss_before,
+                f"{loss_before:.3f} before, {loss_after:.3f} after, on the same rows",
+            ),
+            (
+                "Is every number a number?",
+                finite and all(map(math.isfinite, losses)),
+                f"{len(losses)} losses, all weights",
+            ),
+            ("Was a checkpoint written?", written, checkpoint.name if written else "none"),
+            (
+                "Does training resume from it?",
+                resumed,
+                _pairs(losses[-len(again) :], again) if again else "it did not run",
+            ),
+        ]
+    )
+
+
+def _pairs(first: list[float], again: list[float]) -> str:
+    return "losses " + ", ".join(f"{a:.4f} and again {b:.4f}" for a, b in zip(first, again, strict=True))
+
+
+def _loss_on(model, batch: dict) -> float:
+    import torch
+
+    model.eval()
+    with torch.no_grad():
+        return float(lm_loss(model, batch))
+
+
+def _resume(plan, model, tokenizer, rows, folder, checkpoint: Path, settings: dict) -> list[float]:
+    """Return the losses of the steps after the checkpoint, trained once more from it."""
+    trainer = sft_trainer(plan, model, tokenizer, rows, folder, **(settings | {"save_strategy": "no"}))
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    step = int(checkpoint.name.split("-")[1])
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry and entry["step"] > step]
+
+
+def _mask_counts(rows: list[dict], end_id: int) -> tuple[float, int, int]:
+    """Return the share of learnt tokens, and how many of the learnt stretches end in the end-of-turn token, of how many."""
+    learnt = total = ended = stretches = 0
+    for row in rows:
+        labels = [*row["labels"], IGNORED]
+        for label, following in pairwise(labels):
+            total += 1
+            learnt += label != IGNORED
+            if label != IGNORED and following == IGNORED:
+                stretches += 1
+                ended += label == end_id
+    return learnt / total, ended, stretches
+
+
+def _watch(trainer):
+    """Return a callback, added to a trainer, that counts the steps after which the weights were others than before."""
+    from transformers import TrainerCallback
+
+    class Watch(TrainerCallback):
+        count = 0
+        last: tuple = ()
+
+        def _sums(self, model) -> tuple:
+            return tuple(float(p.detach().double().abs().sum()) for p in model.parameters() if p.requires_grad)
+
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            self.last = self._sums(model)
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            sums = self._sums(model)
+            self.count += sums != self.last
+            self.last = sums
+
+    watch = Watch()
+    trainer.add_callback(watch)
+    return watch
