@@ -20,8 +20,9 @@ lint: .venv/.ready           ## style, and whether notebooks and lessons agree
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m tools.build --check
 
-bench: .venv/.ready          ## what running by tools.run costs over bare nbclient
+bench: .venv/.ready          ## what tools.run costs over bare nbclient; the lessons' training against TRL's defaults
 	$(BIN)/python -m tools.bench
+	$(BIN)/python -m tools.bench_training
 
 evidence: .venv/.ready       ## compute the lessons' stored many-seed results again (an hour on two cores)
 	for script in lessons/week*/evidence/*.py; do $(BIN)/python $$script || exit 1; done

@@ -25,7 +25,10 @@ def load_tokenizer(plan: Plan, model: str = ""):
     if folder and (base := adapter_base(folder)) and not (folder / "tokenizer_config.json").is_file():
         name = base
     with explain_errors(name, hub=True):
-        return AutoTokenizer.from_pretrained(_where(name))
+        tokenizer = AutoTokenizer.from_pretrained(_where(name))
+    if tokenizer.pad_token is None:  # many base models have none, and a batch needs one
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
 
 
 def load_classifier(plan: Plan, label_names: list[str], *, seed: int = 0, pretrained: bool = True):

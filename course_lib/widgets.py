@@ -174,6 +174,29 @@ def token_view(read: Callable[[list[dict]], list], messages: list[dict]) -> None
     display(ipywidgets.VBox([*boxes, shown]))
 
 
+def mask_view(pieces: list[tuple[str, bool]]):
+    """Return tokens as boxes, those that are learnt in colour and framed, those only read in grey. (Week 6, lesson 4.)
+
+    ``pieces`` are (text, learnt) pairs.
+    """
+    from IPython.display import HTML
+
+    styles = {
+        True: "background:#CDEBDD;border:1px solid #009E73;color:#000;font-weight:600",
+        False: "background:#EEE;border:1px solid transparent;color:#666",
+    }
+    boxes = []
+    for text, learnt in pieces:
+        shown = html.escape(text).replace("\n", "&#8629;").replace(" ", "&#183;") or "&nbsp;"
+        boxes.append(
+            f"<span style='display:inline-block;margin:1px;padding:1px 3px;{styles[learnt]}'>"
+            f"<code style='background:none;color:inherit'>{shown}</code></span>" + ("<br>" if "\n" in text else "")
+        )
+    count = sum(learnt for _, learnt in pieces)
+    told = f"{count} of {len(pieces)} tokens are learnt (green, framed); the others are only read"
+    return HTML(f"<div style='line-height:1.6'>{''.join(boxes)}</div><p style='margin:4px 0'>{told}</p>")
+
+
 def _shown_or_said(make: Callable[[], str]) -> str:
     """Return what ``make`` returns, or the message of its error, for a widget has no traceback."""
     try:

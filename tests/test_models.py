@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LESSON, MACHINES
+from conftest import LESSON, MACHINES, ROOT
 
 from course_lib import errors, models
 from course_lib.errors import DiskFullError, HubError, ModelError, OutOfMemoryError
@@ -205,3 +205,16 @@ def test_a_chat_model_that_cannot_be_fetched_says_what_to_do():
     plan = make_plan(CHAT, "colab", hardware=MACHINES["laptop"], precision="plain")
     with pytest.raises(HubError, match="PROFILE = 'tiny'"):
         models.load_causal_lm(replace(plan, model="HuggingFaceH4/zephyr-7b-beta"))
+
+
+def test_a_tokenizer_without_a_padding_token_pads_with_its_end_token(tmp_path):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / "data" / "models" / "mini-zephyr")
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((ROOT / "data" / "models" / "mini-zephyr" / name).read_bytes())
+    plan = make_plan("week06/04_sft_dry_run", "tiny", hardware=MACHINES["laptop"])
+    assert AutoTokenizer.from_pretrained(tmp_path).pad_token is None
+    assert models.load_tokenizer(plan, str(tmp_path)).pad_token == "</s>"
