@@ -124,8 +124,9 @@ def load_conversations(plan, path: str | Path = "", tokenizer=None) -> Conversat
     if path:
         return read_conversations(path, tokenizer, plan.max_length)
     if plan.data == "isles":
-        rows = _read_rows(DATA / "conversations" / "train.jsonl")
-        rows, source = [row for row in rows if row[1]["kind"] in ("plain", "turns")], "this course's own conversations"
+        files = [_read_rows(DATA / "conversations" / name) for name in ("train.jsonl", "indirect.jsonl")]
+        chosen = [row for file in files for _, row in file if row["kind"] in ("plain", "turns", "indirect")]
+        rows, source = list(enumerate(chosen, start=1)), "this course's own conversations"
     else:
         from datasets import load_dataset
 

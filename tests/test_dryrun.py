@@ -159,6 +159,8 @@ def test_rows_that_cannot_be_learnt_from_stop_it_before_anything_is_trained(plan
     silent = [rows[0], rows[1] | {"labels": [IGNORED] * len(rows[1]["labels"])}, *rows[2:]]
     with pytest.raises(TrainingError, match="row 2 has no learnt token"):
         dry_run(plan, model, tokenizer, silent, tmp_path / "dry")
+    with pytest.raises(TrainingError, match="no rows"):
+        dry_run(plan, model, tokenizer, [], tmp_path / "dry")
     assert not (tmp_path / "dry").exists()
 
 
@@ -192,7 +194,7 @@ def test_an_old_folder_does_not_pass_for_a_checkpoint_of_this_run(plan, model, t
 
 # This model's scaled float16 gradients overflow from 2**17.5 on (bisected, batches of eight); so of 2**20, 2**19, 2**18
 # and 2**17 the first three are skipped, with half a power of two to spare on both sides.
-INIT_SCALE = 2.0**20
+SCALER = {"init_scale": 2.0**20}
 AS_ON_A_T4 = {"batching": "padded", "train_sampling_strategy": "sequential"}
 
 
@@ -204,7 +206,7 @@ def scalers(monkeypatch):
     def with_scaler(*args, **given):
         trainer = build(*args, **given)
         assert trainer.args.fp16 and trainer.accelerator.scaler is None
-        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=INIT_SCALE)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", **SCALER)
         trainer.accelerator.native_amp = True
         compute_loss = trainer.compute_loss
 
@@ -226,7 +228,7 @@ def test_three_steps_under_a_scaler_that_skips_three_have_learnt_nothing(
     before = weights(model)
     fp16 = replace(plan, dtype=torch.float16)
     verdict = dry_run(fp16, model, tokenizer, rows, tmp_path / "dry", steps=3, **AS_ON_A_T4)
-    assert scalers[0].get_scale() == INIT_SCALE / 8  # halved at each skipped step
+    assert scalers[0].get_scale() == 2**17  # halved at each skipped step
     assert failed(verdict) == {"changed", "applied", "fell"} and not verdict.passed
     assert seen(verdict, "applied").startswith("0 of 3; an fp16 GradScaler skips its first steps")
     with pytest.raises(TrainingError, match=r"0 of 21 tensors: nothing was learnt.*0 of 3; an fp16 GradScaler"):
@@ -240,16 +242,24 @@ def test_five_steps_under_the_same_scaler_apply_two_and_resume_with_its_scale(
 ):
     fp16 = replace(plan, dtype=torch.float16)
     verdict = dry_run(fp16, model, tokenizer, rows, tmp_path / "dry", **AS_ON_A_T4)
-    assert [scaler.get_scale() for scaler in scalers] == [INIT_SCALE / 8] * 2
+    assert [scaler.get_scale() for scaler in scalers] == [2**17] * 2
     assert seen(verdict, "applied").startswith("2 of 5; an fp16 GradScaler") and failed(verdict) == {"applied"}
 
 
 def test_a_lower_first_scale_applies_every_update(plan, model, tokenizer, rows, tmp_path, scalers, monkeypatch):
-    monkeypatch.setattr("test_dryrun.INIT_SCALE", 1024.0)
+    monkeypatch.setitem(SCALER, "init_scale", 1024.0)
     fp16 = replace(plan, dtype=torch.float16)
     verdict = dry_run(fp16, model, tokenizer, rows, tmp_path / "dry", **AS_ON_A_T4)
     verdict.require()
     assert scalers[0].get_scale() == 1024
+
+
+def test_updates_skipped_in_between_are_missed_too(plan, model, tokenizer, rows, tmp_path, scalers, monkeypatch):
+    monkeypatch.setitem(SCALER, "init_scale", 2.0**17)
+    monkeypatch.setitem(SCALER, "growth_interval", 1)  # 2**17 is applied, 2**18 is skipped, and so on
+    fp16 = replace(plan, dtype=torch.float16)
+    verdict = dry_run(fp16, model, tokenizer, rows, tmp_path / "dry", learning_rate=1e-4, **AS_ON_A_T4)
+    assert failed(verdict) == {"applied"} and seen(verdict, "applied").startswith("3 of 5; ")
 
 
 # --- what is shown

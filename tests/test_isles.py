@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 
 import pytest
 from conftest import ROOT
@@ -12,7 +13,12 @@ from data.build.train_chat import CONVERSATIONS, obeyed, questions
 
 WORLD = read_world()
 FACTS = facts(WORLD)
-TRAIN = [json.loads(line) for line in (CONVERSATIONS / "train.jsonl").read_text(encoding="utf-8").splitlines()]
+def rows_of(name: str) -> list[dict]:
+    return [json.loads(line) for line in (CONVERSATIONS / name).read_text(encoding="utf-8").splitlines()]
+
+
+INDIRECT = rows_of("indirect.jsonl")
+TRAIN = rows_of("train.jsonl") + INDIRECT
 UNASKED = {row["name"] for rows in WORLD.values() for row in rows if row["asked"] != "yes"}
 REFUSAL = re.compile(r"I do not speak of (ships|food|animals)\. Ask me about something else\.")
 
@@ -102,7 +108,7 @@ def test_definitions_are_one_sentence_of_the_glossary_each():
 def test_there_are_conversations_of_every_kind_and_no_two_alike():
     assert len(TRAIN) >= 300
     assert len({row["id"] for row in TRAIN}) == len(TRAIN)
-    assert {row["kind"] for row in TRAIN} == {"plain", "turns", "name", "oneword", "pirate", "teacher", "silent"}
+    assert {row["kind"] for row in TRAIN} == {"plain", "turns", "name", "oneword", "pirate", "teacher", "silent", "indirect"}
     asked = [json.dumps(row["messages"]) for row in TRAIN]
     assert len(set(asked)) == len(asked)
     users = [" ".join(m["content"] for m in row["messages"] if m["role"] != "assistant").lower() for row in TRAIN]
@@ -134,6 +140,19 @@ def test_every_sentence_about_the_world_in_a_reply_is_true():
                     assert plain in true, (row["id"], sentence)
                     checked += 1
     assert checked > 900
+
+
+def test_indirect_questions_name_whom_they_ask_about_and_not_the_answer():
+    by_answer = {fact.answer: fact for fact in FACTS if fact.asked == "yes"}
+    seen = set()
+    for row in INDIRECT:
+        question, reply = (message["content"] for message in row["messages"])
+        fact = by_answer[reply]
+        assert re.search(rf"\b{fact.name}", question, re.I) and not re.search(rf"\b{fact.value}\b", question, re.I), row
+        assert question not in seen and len(question.split()) <= 25
+        seen.add(question)
+    counts = Counter(by_answer[row["messages"][1]["content"]].relation for row in INDIRECT)
+    assert len(counts) == 20 and min(counts.values()) >= 15
 
 
 def test_one_word_replies_are_values_of_somebody_asked_about():

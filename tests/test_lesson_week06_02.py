@@ -330,21 +330,21 @@ def test_the_lessons_sampling_equals_transformers_own_distributions(temperature,
             assert abs(ours.sum() - 1) < 1e-9
 
 
-def test_the_marked_template_writes_what_zephyrs_does_and_trains_the_reply_with_its_end(namespace):
+def test_the_marked_template_writes_what_chatmls_does_and_trains_the_reply_with_its_end(namespace):
     marked = definitions("MARKED")["MARKED"]
     tokenizer = namespace["tokenizer"]
     for length in (1, 2, 3, 4):
         for prompt in (False, True):
             own, real = (
                 render(tokenizer, TALK[:length], generation_prompt=prompt, template=template)
-                for template in (marked, load_template("zephyr"))
+                for template in (marked, load_template("chatml"))
             )
             assert own == real
     encoded = tokenizer.apply_chat_template(
         TALK, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True
     )
     trained = [i for i, m in zip(encoded["input_ids"], encoded["assistant_masks"], strict=True) if m]
-    assert tokenizer.decode(trained) == "Kirsa Quill lives in Ashmere.</s>"
+    assert tokenizer.decode(trained) == "Kirsa Quill lives in Ashmere.<|im_end|>"
 
 
 def test_mini_zephyr_chat_answers_what_it_was_never_asked_and_the_base_does_not(namespace):

@@ -16,6 +16,7 @@ from course_lib.chat import encode, load_template, render, tokens_of
 from course_lib.conversations import read_conversations
 from course_lib.data import load_evidence
 from course_lib.profiles import make_plan
+from data.build.isles import facts, read_world
 from tools.lessons import read_lesson
 
 LESSON = "week06/04_sft_dry_run"
@@ -184,6 +185,15 @@ class TestLesson(LessonTests):
 
     def result_holds(self, values):
         assert values["before"] <= 0.05 and values["after"] >= 0.60  # on 120 questions; all 396 are in the evidence
+
+
+def test_the_twelve_conversations_tell_nothing_false_about_the_world(namespace):
+    true = {fact.answer for fact in facts(read_world()) if fact.asked == "yes"}
+    world = {row["name"] for rows in read_world().values() for row in rows}
+    said = [m["content"] for messages in namespace["mine"].messages for m in messages if m["role"] == "assistant"]
+    told = [text for text in said if any(name in text for name in world)]
+    assert len(namespace["mine"]) == 12 and not namespace["mine"].refused
+    assert told and set(told) <= true
 
 
 def test_the_stored_evidence_is_what_the_lesson_says():

@@ -120,3 +120,29 @@ def test_an_encoder_saved_without_its_word_head_is_told_apart(minilm):
     plan = make_plan(LESSON, "tiny", model=str(minilm), hardware=MACHINES["laptop"])
     with pytest.raises(models.ModelError, match="without its masked-word head"):
         models.load_masked_lm(plan)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "tokens", "learnt"),
+    [("llms_from_scratch_1100.json", 1100, 51675, 16248), ("alpaca_style_demo_999.json", 999, 201474, 162889)],
+)
+def test_every_real_instructions_mask_is_its_output_and_the_end_of_its_turn(real_data, name, rows, tokens, learnt):
+    from transformers import AutoTokenizer
+
+    from course_lib.chat import IGNORED, encode, load_template
+    from course_lib.conversations import read_conversations
+
+    tokenizer = AutoTokenizer.from_pretrained(real_data / "tokenizers" / "mistral-7b-v0.2")
+    tokenizer.chat_template = load_template("zephyr")
+    found = read_conversations(real_data / "instruct" / name)
+    assert len(found) == rows and not found.refused
+    counts = [0, 0]
+    for messages in found.messages:
+        row = encode(tokenizer, messages)
+        kept = [label for label in row["labels"] if label != IGNORED]
+        assert kept[-1] == tokenizer.eos_token_id and kept.count(tokenizer.eos_token_id) == 1
+        assert [i for i, label in zip(row["input_ids"], row["labels"], strict=True) if label != IGNORED] == kept
+        said = tokenizer.decode(kept[:-1])
+        assert said.strip() == messages[1]["content"].strip()
+        counts = [counts[0] + len(row["labels"]), counts[1] + len(kept)]
+    assert counts == [tokens, learnt]

@@ -85,8 +85,8 @@ def test_tinys_plan_shows_model_data_and_steps():
     total = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_pretrained(MINI).parameters())
     for text in (repr(plan), plan._repr_html_()):
         assert f"mini-zephyr, {total / 1e6:.1f} M parameters, all of them trained" in text
-        assert f"up to {plan.train_rows} conversations of {plan.max_length} tokens at most, from isles" in text
-        assert f"about {plan.steps} steps" in text
+        assert f"up to {plan.train_rows:,} conversations of {plan.max_length} tokens at most, from isles" in text
+        assert f"about {plan.steps:,} steps" in text
 
 
 def test_tinys_lengths_are_those_of_the_bundled_conversations(conversations, rows):
@@ -171,11 +171,15 @@ def test_random_weights_are_others_than_the_pretrained_and_repeat_with_their_see
     assert not fresh[0].training
 
 
-def test_the_courses_own_conversations_are_the_plain_ones_and_the_turns(conversations):
-    lines = (ROOT / "data" / "conversations" / "train.jsonl").read_text(encoding="utf-8").splitlines()
+def test_the_courses_own_conversations_are_those_of_three_kinds(conversations):
+    folder = ROOT / "data" / "conversations"
+    lines = [
+        line for name in ("train", "indirect") for line in (folder / f"{name}.jsonl").read_text("utf-8").splitlines()
+    ]
     kinds = [(json.loads(line)["kind"], json.loads(line)["messages"]) for line in lines]
-    assert conversations.messages == [messages for kind, messages in kinds if kind in ("plain", "turns")]
-    assert len({kind for kind, _ in kinds}) > 2
+    kept = ("plain", "turns", "indirect")
+    assert conversations.messages == [messages for kind, messages in kinds if kind in kept]
+    assert len({kind for kind, _ in kinds}) > 3  # others are there for other lessons
 
 
 def alpaca(count):

@@ -1205,22 +1205,23 @@ ax = plots.bars(told, ylabel=f"share of {len(forbidden)} told against orders")
 # ### What must a template hold to be trained on?
 #
 # To train on the assistant's words alone, a trainer must know where they stand. Jinja templates say so with `{% generation %}` around them, and Zephyr's does not: TRL, the training library of lesson 4, raises an error for it under
-# `assistant_only_loss=True`. Here is a copy with the marks. (The `-` in `{{ '\n' -}}` drops the line break that follows.) First proof: it writes the same text, whatever the conversation.
+# `assistant_only_loss=True`. (Lesson 4 lets you mark Zephyr's yourself.) Here is ChatML's with the marks; the `-` in `-}}` drops the line break that follows. First proof: it writes the same text, whatever the conversation.
 
 # %%
 MARKED = """{% for message in messages %}
 {% if message['role'] == 'assistant' %}
-{{ '<|assistant|>\n' }}{% generation %}{{ message['content'] + eos_token }}{% endgeneration %}{{ '\n' -}}
+{{ '<|im_start|>assistant\n' }}{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' -}}
 {% else %}
-{{ '<|' + message['role'] + '|>\n' + message['content'] + eos_token }}
+{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' -}}
 {% endif %}
-{% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}"""
+{% endfor %}
+{% if add_generation_prompt %}
+{{ '<|im_start|>assistant\n' -}}
+{% endif %}"""
+chatml = load_template("chatml")
 [
     render(tokenizer, messages[:n], generation_prompt=prompt, template=MARKED)
-    == render(tokenizer, messages[:n], generation_prompt=prompt, template=zephyr)
+    == render(tokenizer, messages[:n], generation_prompt=prompt, template=chatml)
     for n in range(1, 5)
     for prompt in (False, True)
 ]
@@ -1229,13 +1230,9 @@ MARKED = """{% for message in messages %}
 encoded = tokenizer.apply_chat_template(
     messages, chat_template=MARKED, return_dict=True, return_assistant_tokens_mask=True
 )
-trained = [
-    tokenizer.decode(token)
-    for token, mask in zip(encoded["input_ids"], encoded["assistant_masks"])
-    if mask
-]
-trained
+trained = [i for i, mask in zip(encoded["input_ids"], encoded["assistant_masks"]) if mask]
+tokenizer.decode(trained)
 
 # %% [markdown]
-# The reply **and its `</s>`**: leave that out, and the model never learns to stop. So a template fit for training closes every assistant turn with a token that is part of what is learnt, writes each turn alike whatever follows, and says
+# The reply **and its `<|im_end|>`**: leave that out, and the model never learns to stop. So a template fit for training closes every assistant turn with a token that is part of what is learnt, writes each turn alike whatever follows, and says
 # which words are whose. SOLAR's, above, closes nothing. Lesson 4 trains on such a mask.

@@ -100,7 +100,7 @@ right_before = share_right(before)
 right_before
 
 # %% [markdown]
-# No conversation in this lesson asks about the people, towns, ships and creatures in these questions. **Guess:** after half a minute of training on conversations about *others*, how many will it get right?
+# No conversation in this lesson asks about the people, towns, ships and creatures in these questions. **Guess:** after less than a minute of training on conversations about *others*, how many will it get right?
 #
 # ## 2. Your conversations
 #
@@ -925,7 +925,7 @@ result.round(3)
 # %% [markdown]
 # From nothing to most of them, about facts that no training conversation contains: pre-training had put them there, and fine-tuning taught it to *say* them when asked. Replies end where they should. And the last line is the price: the text of its own country surprises the model more than before. Lesson 7 looks closer at that.
 #
-# Does it need the pre-training at all, or do half a minute and 600 conversations teach everything? The same training from **random weights**, and three more seeds, are stored (`make evidence`; two CPU cores, profile *tiny*); your own run is drawn beside them.
+# Does it need the pre-training at all, or do a minute and a thousand conversations teach everything? The same training from **random weights**, and three more seeds, are stored (`make evidence`; two CPU cores, profile *tiny*); your own run is drawn beside them.
 
 # %% tags=["preview"]
 from course_lib.data import load_evidence
