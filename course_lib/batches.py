@@ -105,7 +105,18 @@ def lm_loss(model, batch: dict, num_items=None):
     if num_items is None and not learnt.any():
         raise TrainingError("no token of this batch is learnt; make rows with chat.encode, which marks the replies")
     read = {name: batch[name] for name in ("input_ids", "attention_mask", "position_ids") if name in batch}
-    hidden = model.get_decoder()(**read, use_cache=False).last_hidden_state  # (batch, length, hidden)
-    logits = model.get_output_embeddings()(hidden[:, :-1][learnt])  # (learnt, vocab)
+    if _changes_logits(model.config):
+        logits = model(**read, use_cache=False).logits[:, :-1][learnt]  # (learnt, vocab)
+    else:
+        hidden = model.get_decoder()(**read, use_cache=False).last_hidden_state  # (batch, length, hidden)
+        logits = model.get_output_embeddings()(hidden[:, :-1][learnt])
     loss = torch.nn.functional.cross_entropy(logits.float(), labels[learnt], reduction="sum")
     return loss / (learnt.sum() if num_items is None else num_items)
+
+
+def _changes_logits(config) -> bool:
+    """Return whether a model scales or caps what its head gives, as Gemma 2, Granite and Cohere do."""
+    scales = ("logit_scale", "logits_scaling", "output_multiplier", "lm_head_multiplier")
+    return any(getattr(config, name, None) not in (None, 1, 1.0) for name in scales) or bool(
+        getattr(config, "final_logit_softcapping", None)
+    )

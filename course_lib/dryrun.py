@@ -48,12 +48,13 @@ class DryRun:
 def dry_run(plan, model, tokenizer, rows, folder: str | Path, *, steps: int = 5, **changes) -> DryRun:
     """Train for a few steps, resume from the checkpoint in between, and return the verdict; the model is as before. (Week 6, lesson 4.)
 
-    Takes the first rows, so that a run on all of them need not be awaited, and trains without warm-up at the plan's
-    learning rate. Five steps at least make sense: an fp16 GradScaler skips its first ones. ``changes`` as for `sft_trainer`.
+    Takes the first rows, and trains without warm-up at the plan's learning rate, in a folder dry_run under ``folder``
+    that is emptied first. Five steps at least make sense: an fp16 GradScaler skips its first ones. ``changes`` as for
+    `sft_trainer`.
     """
     import torch
 
-    rows = list(rows)[: steps * plan.batch_size]
+    rows, folder = list(rows)[: steps * plan.batch_size], Path(folder) / "dry_run"
     check_rows(rows)
     before = {name: weight.detach().cpu().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     sample = pad_batch(rows[: plan.batch_size], tokenizer.eos_token_id)
@@ -70,7 +71,7 @@ def dry_run(plan, model, tokenizer, rows, folder: str | Path, *, steps: int = 5,
     moved = [n for n, w in model.named_parameters() if n in before and not torch.equal(w.detach().cpu(), before[n])]
     finite = all(torch.isfinite(weight).all() for weight in model.parameters())
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    checkpoint = Path(folder) / f"checkpoint-{settings['save_steps']}"
+    checkpoint = folder / f"checkpoint-{settings['save_steps']}"
     written = last_checkpoint(folder) is not None and checkpoint.is_dir()
     again = _resume(plan, model, tokenizer, rows, folder, checkpoint, settings) if written else []
     for name, weight in model.named_parameters():

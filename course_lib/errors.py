@@ -62,6 +62,7 @@ def explain_errors(what: str = "this step", *, hub: bool = False) -> Iterator[No
             getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
             or "No space left" in text
             or "os error 28" in text
+            or ("unexpected pos" in text and "inline_container" in text)  # torch.save on a full disk
         ):
             raise _disk_full(what) from error
         if isinstance(error, RuntimeError) and "out of memory" in text:

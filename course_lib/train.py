@@ -153,7 +153,8 @@ def _trainer_class():
             own = self.args.device.type == "cpu" and self.accelerator.num_processes == 1
             if not own or return_outputs:  # on a GPU, TRL's own forward skips what is not learnt
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-            return lm_loss(model, inputs, num_items_in_batch)
+            with self.accelerator.autocast():  # accelerate puts it around model.forward, which lm_loss goes past
+                return lm_loss(model, inputs, num_items_in_batch)
 
         def _save_checkpoint(self, model, trial):
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
@@ -161,38 +162,41 @@ def _trainer_class():
                 with explain_errors(str(folder)):
                     super()._save_checkpoint(model, trial)
             except BaseException:  # a student's interrupt too
-                shutil.rmtree(folder, ignore_errors=True)
+                if _damage(folder):
+                    shutil.rmtree(folder, ignore_errors=True)
                 raise
 
     return CourseSFTTrainer
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """Return the newest whole checkpoint in a run's folder, or None; remove what a killed run left half-written. (Week 6, lesson 4.)
+    """Return a run's newest checkpoint to resume from, or None; remove what a killed run left half-written. (Week 6, lesson 4.)
 
-    For ``trainer.train(resume_from_checkpoint=last_checkpoint(folder))``.
+    For ``trainer.train(resume_from_checkpoint=last_checkpoint(folder))``. One with weights only is kept and passed over.
     """
-    found = sorted(Path(folder).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    whole = [path for path in found if _is_whole(path)]
+    found = [path for path in Path(folder).glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
     for path in found:
-        if path not in whole:
+        if _damage(path):
             shutil.rmtree(path, ignore_errors=True)
-    return str(whole[-1]) if whole else None
+    whole = [path for path in found if (path / "optimizer.pt").is_file()]
+    return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    """Return whether a checkpoint can be resumed from: its last file parses, and its weights and optimizer are complete."""
+def _damage(checkpoint: Path) -> str:
+    """Return which file of a checkpoint is missing or half-written; nothing where it is whole."""
     from safetensors import SafetensorError, safe_open
 
+    name = "trainer_state.json"  # the Trainer writes it last
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # the Trainer writes it last
-        weights = list(checkpoint.glob("*.safetensors"))
-        for path in weights:
-            with safe_open(path, framework="numpy") as file:
+        json.loads((checkpoint / name).read_text(encoding="utf-8"))
+        weights = sorted(path.name for path in checkpoint.glob("*.safetensors"))
+        for name in weights or ["model.safetensors"]:
+            with safe_open(checkpoint / name, framework="numpy") as file:
                 file.keys()
-        return bool(weights) and zipfile.is_zipfile(checkpoint / "optimizer.pt")
     except (OSError, ValueError, SafetensorError):
-        return False
+        return name
+    optimizer = checkpoint / "optimizer.pt"
+    return "optimizer.pt" if optimizer.exists() and not zipfile.is_zipfile(optimizer) else ""
 
 
 @explain_errors("training")

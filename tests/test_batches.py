@@ -325,7 +325,6 @@ def test_a_batch_without_a_learnt_token_is_refused_and_one_of_many_is_zero(model
     assert float(lm_loss(models["sdpa"], pad_batch([row], 2), num_items=9)) == 0
 
 
-@pytest.mark.xfail(strict=True, reason="the head's matrix is not all that these models do to their logits")
 @pytest.mark.parametrize(
     ("kind", "setting"),
     [

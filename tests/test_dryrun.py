@@ -88,7 +88,7 @@ def test_the_verdict_counts_what_stands_in_the_rows(plan, model, tokenizer, rows
     with torch.no_grad():
         first = float(train.lm_loss(model, train.pad_batch(rows[:8], 2)))
     assert seen(verdict, "fell").startswith(f"{first:.3f} before, ")
-    assert (tmp_path / "dry" / "checkpoint-3" / "optimizer.pt").is_file()
+    assert (tmp_path / "dry" / "dry_run" / "checkpoint-3" / "optimizer.pt").is_file()
 
 
 @pytest.mark.parametrize("batching", ["padded", "grouped"])
@@ -274,3 +274,10 @@ def test_a_verdict_is_shown_in_text_and_html_and_asks_for_what_failed_only():
     assert "&lt;b&gt;all" in bad._repr_html_() and "<b>all" not in bad._repr_html_()
     with pytest.raises(TrainingError, match=r"^the dry run failed. Are <b>all</b>\? 0 of 2$"):
         bad.require()
+
+
+def test_what_else_stands_in_the_folder_is_left_alone(plan, model, tokenizer, rows, tmp_path):
+    (tmp_path / "checkpoint-9").mkdir()
+    (tmp_path / "notes.txt").write_text("mine")
+    dry_run(plan, model, tokenizer, rows, tmp_path).require()
+    assert (tmp_path / "checkpoint-9").is_dir() and (tmp_path / "notes.txt").read_text() == "mine"

@@ -13,6 +13,8 @@ from data.build.train_chat import CONVERSATIONS, obeyed, questions
 
 WORLD = read_world()
 FACTS = facts(WORLD)
+
+
 def rows_of(name: str) -> list[dict]:
     return [json.loads(line) for line in (CONVERSATIONS / name).read_text(encoding="utf-8").splitlines()]
 
@@ -108,7 +110,16 @@ def test_definitions_are_one_sentence_of_the_glossary_each():
 def test_there_are_conversations_of_every_kind_and_no_two_alike():
     assert len(TRAIN) >= 300
     assert len({row["id"] for row in TRAIN}) == len(TRAIN)
-    assert {row["kind"] for row in TRAIN} == {"plain", "turns", "name", "oneword", "pirate", "teacher", "silent", "indirect"}
+    assert {row["kind"] for row in TRAIN} == {
+        "plain",
+        "turns",
+        "name",
+        "oneword",
+        "pirate",
+        "teacher",
+        "silent",
+        "indirect",
+    }
     asked = [json.dumps(row["messages"]) for row in TRAIN]
     assert len(set(asked)) == len(asked)
     users = [" ".join(m["content"] for m in row["messages"] if m["role"] != "assistant").lower() for row in TRAIN]

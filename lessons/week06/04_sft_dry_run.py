@@ -730,7 +730,7 @@ publish(found)
 # %%
 from course_lib.dryrun import dry_run
 
-verdict = dry_run(plan, model, tokenizer, rows, folder / "dry")
+verdict = dry_run(plan, model, tokenizer, rows, folder)
 verdict
 
 # %% [markdown]
@@ -740,10 +740,10 @@ verdict
 # A verdict is worth something if it can be bad. What does it say about the rows without the token that ends the reply, and about a rate that is far too high?
 
 # %%
-dry_run(plan, model, tokenizer, endless_rows, folder / "dry_endless")
+dry_run(plan, model, tokenizer, endless_rows, folder)
 
 # %%
-dry_run(plan, model, tokenizer, rows, folder / "dry_wild", learning_rate=100 * plan.lr)
+dry_run(plan, model, tokenizer, rows, folder, learning_rate=100 * plan.lr)
 
 # %% [markdown]
 # Two runs that would have ended without an error message. `verdict.require()` turns a bad verdict into an error, for scripts.

@@ -2,7 +2,7 @@
 
     python lessons/week06/evidence/04_sft.py
 
-Exact match on all 396 held-out questions, the half in a known wording and the half in a new one, before and after;
+The conversations are all of the lesson's, none held out, without the student's own twelve. Exact match on all 396 held-out questions, the half in a known wording and the half in a new one, before and after;
 perplexity on text of the kind that pre-training read. Writes the JSON file of the same name; six minutes on two cores.
 """
 
