@@ -156,6 +156,12 @@ def _trainer_class():
             with self.accelerator.autocast():  # accelerate puts it around model.forward, which lm_loss goes past
                 return lm_loss(model, inputs, num_items_in_batch)
 
+        def train(self, *args, **kwargs):
+            try:
+                return super().train(*args, **kwargs)
+            finally:  # or the model would go on computing in 16 bits when it writes
+                self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+
         def _save_checkpoint(self, model, trial):
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             try:

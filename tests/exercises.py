@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +45,20 @@ def probed(lesson: Lesson, number: str, answer: str, seed: int, namespace: dict)
         return json.dumps(value)
     except Exception as error:
         return type(error).__name__
+
+
+def definitions(lesson: Lesson, *names: str, **given) -> dict:
+    """Return functions and constants that a lesson's own cells define, by name, beside what they are given."""
+    found = dict(given)
+    for cell in lesson.cells:
+        if cell.kind != "code":
+            continue
+        for node in ast.parse(re.sub(r"(?m)^%.*$", "", cell.source)).body:
+            targets = [node.name] if isinstance(node, ast.FunctionDef) else []
+            targets += [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
+            if set(targets) & set(names):
+                exec(compile(ast.Module([node], []), "lesson", "exec"), found)
+    return found
 
 
 def outputs(path: Path) -> list[dict]:

@@ -1,12 +1,9 @@
 """Lesson 06/02: its checks know right from wrong, its probes too, its sampling is transformers', its notebook runs."""
 
-import ast
-import re
-
 import pytest
 import torch
 from conftest import MACHINES, ROOT
-from exercises import LessonTests
+from exercises import LessonTests, definitions
 
 from course_lib.chat import complete, load_template, render, replies, tokens_of
 from course_lib.profiles import make_plan
@@ -250,20 +247,6 @@ TALK = [
 ]
 
 
-def definitions(*names: str) -> dict:
-    """Return functions and constants that the lesson's own cells define, by name."""
-    found = {"torch": torch}
-    for cell in lesson.cells:
-        if cell.kind != "code":
-            continue
-        for node in ast.parse(re.sub(r"(?m)^%.*$", "", cell.source)).body:
-            targets = [node.name] if isinstance(node, ast.FunctionDef) else []
-            targets += [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
-            if set(targets) & set(names):
-                exec(compile(ast.Module([node], []), "lesson", "exec"), found)
-    return found
-
-
 @pytest.fixture(scope="module")
 def namespace():
     """The names that the notebook has when a check runs."""
@@ -271,7 +254,7 @@ def namespace():
     from course_lib.models import load_causal_lm, load_tokenizer
 
     plan = make_plan(LESSON, "tiny", hardware=MACHINES["laptop"])
-    own = definitions("BROKEN", "SYSTEMS", "conversation")
+    own = definitions(lesson, "BROKEN", "SYSTEMS", "conversation", torch=torch)
     question = "What animal does Kirsa Quill keep?"
     return own | {
         "plan": plan,
@@ -308,7 +291,9 @@ def test_the_lessons_sampling_equals_transformers_own_distributions(temperature,
         TopPLogitsWarper,
     )
 
-    own = definitions("temperature_probabilities", "top_p_probabilities", "min_p_probabilities", "penalised")
+    own = definitions(
+        lesson, "temperature_probabilities", "top_p_probabilities", "min_p_probabilities", "penalised", torch=torch
+    )
     ids = torch.tensor([[3, 999, 3]])
     for seed in range(5):
         logits = torch.randn(4000, generator=torch.Generator().manual_seed(seed)).double() * 4
@@ -331,7 +316,7 @@ def test_the_lessons_sampling_equals_transformers_own_distributions(temperature,
 
 
 def test_the_marked_template_writes_what_chatmls_does_and_trains_the_reply_with_its_end(namespace):
-    marked = definitions("MARKED")["MARKED"]
+    marked = definitions(lesson, "MARKED", torch=torch)["MARKED"]
     tokenizer = namespace["tokenizer"]
     for length in (1, 2, 3, 4):
         for prompt in (False, True):

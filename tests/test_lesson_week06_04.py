@@ -1,6 +1,5 @@
 """Lesson 06/04: its checks know right from wrong, its probes too, its script trains alike in one process and two."""
 
-import ast
 import json
 import os
 import re
@@ -10,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import MACHINES, ROOT
-from exercises import LessonTests
+from exercises import LessonTests, definitions
 
 from course_lib.chat import encode, load_template, render, tokens_of
 from course_lib.conversations import read_conversations
@@ -136,20 +135,6 @@ WRONG = {
 }  # fmt: skip
 
 
-def definitions(*names: str) -> dict:
-    """Return constants and functions that the lesson's own cells define, by name."""
-    found = {"re": re}
-    for cell in lesson.cells:
-        if cell.kind != "code":
-            continue
-        for node in ast.parse(cell.source).body:
-            targets = [node.name] if isinstance(node, ast.FunctionDef) else []
-            targets += [t.id for t in getattr(node, "targets", []) if isinstance(t, ast.Name)]
-            if set(targets) & set(names):
-                exec(compile(ast.Module([node], []), "lesson", "exec"), found)
-    return found
-
-
 @pytest.fixture(scope="module")
 def namespace(tmp_path_factory):
     """The names that the notebook has when a check runs."""
@@ -159,7 +144,7 @@ def namespace(tmp_path_factory):
     plan = make_plan(LESSON, "tiny", hardware=MACHINES["laptop"])
     tokenizer = load_tokenizer(plan)
     tokenizer.chat_template = load_template("zephyr")
-    own = definitions("MINE", "HURRIED", "words")
+    own = definitions(lesson, "MINE", "HURRIED", "words", re=re)
     path = tmp_path_factory.mktemp("mine") / "mine.jsonl"
     path.write_text(own["MINE"].strip() + "\n", encoding="utf-8")
     my_questions = [("Who are you?", "I am Wick."), ("Bye!", "Fair winds."), ("", "x")]

@@ -806,3 +806,15 @@ def test_the_loop_computes_the_recipes_loss(small, tokenizer, rows):
         expected = float(lm_loss(small, pad_batch(rows[:8], tokenizer.eos_token_id)))
     (entry,) = train.fit(small, rows[:8], tokenizer, steps=1, lr=1e-3, batch_size=8)
     assert entry["loss"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_model_computes_in_float32_again_once_training_is_over(plan, tokenizer, rows, small, tmp_path):
+    ids = torch.tensor([rows[0]["input_ids"]])
+    mixed = replace(plan, dtype=torch.bfloat16)
+    train.sft_trainer(mixed, small, tokenizer, rows[:16], tmp_path, max_steps=2, save_strategy="no").train()
+    fresh = small_model()
+    fresh.load_state_dict(small.state_dict())
+    small.eval()
+    fresh.eval()
+    with torch.no_grad():
+        assert torch.equal(small(ids, use_cache=False).logits, fresh(ids, use_cache=False).logits)
