@@ -6,11 +6,10 @@ import html
 import math
 import shutil
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 from course_lib.batches import check_rows, lm_loss, pad_batch
-from course_lib.chat import IGNORED
+from course_lib.chat import IGNORED, render
 from course_lib.errors import TrainingError, explain_errors
 from course_lib.train import last_checkpoint, sft_trainer
 
@@ -48,53 +47,59 @@ class DryRun:
 def dry_run(plan, model, tokenizer, rows, folder: str | Path, *, steps: int = 5, **changes) -> DryRun:
     """Train for a few steps, resume from the checkpoint in between, and return the verdict; the model is as before. (Week 6, lesson 4.)
 
-    Takes the first rows, and trains without warm-up at the plan's learning rate, in a folder dry_run under ``folder``
-    that is emptied first. Five steps at least make sense: an fp16 GradScaler skips its first ones. ``changes`` as for
-    `sft_trainer`.
+    Takes the longest rows and then the first ones, and trains without warm-up at the plan's learning rate, in a folder
+    dry_run under ``folder`` that is emptied before and removed afterwards. Five steps at least make sense: an fp16
+    GradScaler skips its first ones. ``changes`` as for `sft_trainer`.
     """
     import torch
 
-    rows, folder = list(rows)[: steps * plan.batch_size], Path(folder) / "dry_run"
+    folder = Path(folder) / "dry_run"
     check_rows(rows)
+    rows = _longest_first(list(rows), plan.batch_size)[: steps * plan.batch_size]
     before = {name: weight.detach().cpu().clone() for name, weight in model.named_parameters() if weight.requires_grad}
     sample = pad_batch(rows[: plan.batch_size], tokenizer.eos_token_id)
     sample = {name: tensor.to(model.device) for name, tensor in sample.items()}
     settings = {"max_steps": steps, "save_strategy": "steps", "save_steps": max(1, steps - 2), "save_total_limit": None}
     settings |= {"warmup_steps": 0, "logging_steps": 1} | changes
     shutil.rmtree(folder, ignore_errors=True)
-
-    loss_before = _loss_on(model, sample)
-    trainer = sft_trainer(plan, model, tokenizer, rows, folder, **settings)
-    watch = _watch(trainer)
-    trainer.train()
-    loss_after = _loss_on(model, sample)
-    moved = [n for n, w in model.named_parameters() if n in before and not torch.equal(w.detach().cpu(), before[n])]
-    finite = all(torch.isfinite(weight).all() for weight in model.parameters())
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    checkpoint = folder / f"checkpoint-{settings['save_steps']}"
-    written = last_checkpoint(folder) is not None and checkpoint.is_dir()
-    again = _resume(plan, model, tokenizer, rows, folder, checkpoint, settings) if written else []
-    for name, weight in model.named_parameters():
-        if name in before:
-            weight.data.copy_(before[name])
-    model.eval()
-    learnt, ended, replies = _mask_counts(rows, tokenizer.eos_token_id)
+    try:
+        loss_before = _loss_on(model, sample)
+        trainer = sft_trainer(plan, model, tokenizer, rows, folder, **settings)
+        watch = _watch(trainer)
+        trainer.train()
+        loss_after = _loss_on(model, sample)
+        now = dict(model.named_parameters())
+        moved = [name for name in before if not torch.equal(now[name].detach().cpu(), before[name])]
+        finite = all(torch.isfinite(weight).all() for weight in now.values())
+        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+        checkpoint = folder / f"checkpoint-{settings['save_steps']}"
+        written = last_checkpoint(folder) is not None and checkpoint.is_dir()
+        again = _resume(plan, model, tokenizer, rows, folder, checkpoint, settings) if written else []
+    finally:  # a student's interrupt comes here too
+        for name, weight in model.named_parameters():
+            if name in before:
+                weight.data.copy_(before[name])
+        model.eval()
+        shutil.rmtree(folder, ignore_errors=True)
+    mask, applied = _read_mask(rows, tokenizer), sum(watch.moved)
     resumed = len(again) > 0 and all(
         math.isclose(a, b, rel_tol=1e-3, abs_tol=1e-3) for a, b in zip(again, losses[-len(again) :], strict=True)
     )
-    applied = watch.count
-    idle = "; an fp16 GradScaler skips its first steps: take five or more, or a lower init_scale"
+    idle = "; an fp16 GradScaler skips its first steps" + (
+        "" if all(watch.moved[-2:]) else ": take five or more, or a lower init_scale"
+    )
     return DryRun(
         [
             (
                 "Are the replies learnt, and the rest not?",
-                0 < learnt < 1,
-                f"{learnt:.0%} of {len(rows)} rows' tokens are learnt",
+                0 < mask.learnt < mask.total and mask.opened == mask.stretches == mask.marks,
+                f"{mask.learnt / mask.total:.0%} of {len(rows)} rows' tokens are learnt; of {mask.stretches} learnt "
+                f"stretches {mask.opened} are replies, of {mask.marks}",
             ),
             (
                 "Is the end of each turn learnt?",
-                ended == replies,
-                f"{ended} of {replies} learnt stretches end in {tokenizer.eos_token}",
+                mask.ended == mask.stretches,
+                f"{mask.ended} of {mask.stretches} learnt stretches end in {tokenizer.eos_token}",
             ),
             (
                 "Did weights change?",
@@ -102,8 +107,8 @@ def dry_run(plan, model, tokenizer, rows, folder: str | Path, *, steps: int = 5,
                 f"{len(moved)} of {len(before)} tensors" + ("" if moved else ": nothing was learnt"),
             ),
             (
-                "Was every update applied?",
-                applied == steps,
+                "Are updates applied?",
+                applied > 1 and all(watch.moved[-2:]),
                 f"{applied} of {steps}" + ("" if applied == steps else idle),
             ),
             (
@@ -126,6 +131,13 @@ def dry_run(plan, model, tokenizer, rows, folder: str | Path, *, steps: int = 5,
     )
 
 
+def _longest_first(rows: list[dict], count: int) -> list[dict]:
+    """Return rows with the ``count`` longest at the beginning, the others in their order."""
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number]["input_ids"]))[:count]
+    chosen = set(order)
+    return [rows[number] for number in order] + [row for number, row in enumerate(rows) if number not in chosen]
+
+
 def _pairs(first: list[float], again: list[float]) -> str:
     return "losses " + ", ".join(f"{a:.4f} and again {b:.4f}" for a, b in zip(first, again, strict=True))
 
@@ -146,27 +158,52 @@ def _resume(plan, model, tokenizer, rows, folder, checkpoint: Path, settings: di
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry and entry["step"] > step]
 
 
-def _mask_counts(rows: list[dict], end_id: int) -> tuple[float, int, int]:
-    """Return the share of learnt tokens, and how many of the learnt stretches end in the end-of-turn token, of how many."""
-    learnt = total = ended = stretches = 0
+@dataclass
+class _Mask:
+    """What the labels of some rows say: learnt tokens and all, learnt stretches, how they begin and end, replies there."""
+
+    learnt: int = 0
+    total: int = 0
+    stretches: int = 0
+    opened: int = 0  # stretches that begin behind the mark of the assistant's turn
+    ended: int = 0  # stretches that end in the end-of-turn token
+    marks: int = 0  # marks of the assistant's turn
+
+
+def _read_mask(rows: list[dict], tokenizer) -> _Mask:
+    mark, mask = _assistant_mark(tokenizer), _Mask(total=sum(len(row["labels"]) for row in rows))
     for row in rows:
-        labels = [*row["labels"], IGNORED]
-        for label, following in pairwise(labels):
-            total += 1
-            learnt += label != IGNORED
-            if label != IGNORED and following == IGNORED:
-                stretches += 1
-                ended += label == end_id
-    return learnt / total, ended, stretches
+        mask.marks += tokenizer.decode(row["input_ids"]).count(mark) if mark else 0
+        for place, (before, label, after) in enumerate(
+            zip([IGNORED, *row["labels"]], row["labels"], [*row["labels"][1:], IGNORED], strict=False)
+        ):
+            mask.learnt += label != IGNORED
+            mask.ended += label == tokenizer.eos_token_id != IGNORED == after
+            if label != IGNORED == before:
+                mask.stretches += 1
+                mask.opened += tokenizer.decode(row["input_ids"][:place]).rstrip().endswith(mark)
+    if not mark:  # a template that adds nothing to invite a reply: then the beginnings tell nothing
+        mask.marks = mask.stretches
+    return mask
+
+
+def _assistant_mark(tokenizer) -> str:
+    """Return the text that stands before a reply, as the tokenizer's chat template adds it to invite one."""
+    if not tokenizer.chat_template:
+        return ""
+    asked = [{"role": "user", "content": "?"}]
+    return render(tokenizer, asked, generation_prompt=True)[len(render(tokenizer, asked)) :].strip()
 
 
 def _watch(trainer):
-    """Return a callback, added to a trainer, that counts the steps after which the weights were others than before."""
+    """Return a callback, added to a trainer, that notes after each step whether the weights were others than before."""
     from transformers import TrainerCallback
 
     class Watch(TrainerCallback):
-        count = 0
         last: tuple = ()
+
+        def __init__(self):
+            self.moved: list[bool] = []
 
         def _sums(self, model) -> tuple:
             return tuple(float(p.detach().double().abs().sum()) for p in model.parameters() if p.requires_grad)
@@ -176,7 +213,7 @@ def _watch(trainer):
 
         def on_step_end(self, args, state, control, model=None, **kwargs):
             sums = self._sums(model)
-            self.count += sums != self.last
+            self.moved.append(sums != self.last)
             self.last = sums
 
     watch = Watch()

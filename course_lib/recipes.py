@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
+from course_lib.chat import load_template
 from course_lib.errors import DataError, explain_errors
 
 TOOLS = ("llama-factory", "axolotl")
@@ -85,13 +86,24 @@ def _unknown(key, known: set[str], plugins: dict[str, str], where: str = "") -> 
     name = str(key.value)
     if name in known:
         return ""
-    near = difflib.get_close_matches(name.lower(), sorted(known), n=1)
+    near = _nearest(name.lower(), known)
     remedy = f"did you mean {near[0]}?" if near else "nothing there is called like it: take it out"
     if SAME.get(name) in known:
         remedy = f"the other tool's name for {SAME[name]}"
     if name in plugins:
         remedy = f"it comes with {plugins[name]}: list that under plugins"
     return f"Line {key.start_mark.line + 1}{where}: {name} ({remedy})."
+
+
+def _nearest(name: str, known: set[str]) -> list[str]:
+    """Return the known key most like a name, in letters or in its words whatever their order; none below 0.6."""
+
+    def likeness(key: str) -> float:
+        pairs = (name, key), *[tuple("_".join(sorted(text.split("_"))) for text in (name, key))]
+        return max(difflib.SequenceMatcher(None, *pair).ratio() for pair in pairs)
+
+    best = max(sorted(known), key=likeness)
+    return [best] if likeness(best) >= 0.6 else []
 
 
 def _read(path: Path) -> str:
@@ -207,7 +219,9 @@ def _llama_factory(run: SimpleNamespace) -> list[tuple[str, dict]]:
 
 
 def _axolotl(run: SimpleNamespace) -> list[tuple[str, dict]]:
-    template = "tokenizer_default" if run.template == "zephyr" else run.template
+    template, note = {"chat_template": run.template}, "The template that writes the conversation"
+    if run.template == "zephyr":  # Axolotl has none of that name, and a base model's tokenizer has none at all
+        template = {"chat_template": "jinja", "chat_template_jinja": load_template("zephyr")}
     weights = {
         "bfloat16": "The weights are of 16 bits, too (LLaMA-Factory's stay float32)",
         "float16": "The weights are of 16 bits, too: if that ends in 'Attempting to unscale FP16 gradients', take LoRA",
@@ -217,11 +231,10 @@ def _axolotl(run: SimpleNamespace) -> list[tuple[str, dict]]:
     return [
         ("The model: without an adapter all of its weights are trained", {
             "base_model": str(run.model), "gradient_checkpointing": True}),
-        ("The template that writes the conversation; tokenizer_default: the tokenizer's own, which must be there", {
-            "chat_template": template}),
+        (note, template),
         ("The data; loss on every word of the assistant's and the </s> after it, on nothing else", {
             "datasets": [{
-                "path": str(run.data), "ds_type": "json", "type": "chat_template", "chat_template": template,
+                "path": str(run.data), "ds_type": "json", "type": "chat_template",
                 "field_messages": "messages", "roles_to_train": ["assistant"], "train_on_eos": "turn"}],
             "train_on_inputs": False}),
         ("Longer conversations are cut; those that share a row do not see each other under this attention", {

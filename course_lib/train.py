@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import time
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,14 +177,15 @@ def _trainer_class():
 
 
 def last_checkpoint(folder: str | Path) -> str | None:
-    """Return a run's newest checkpoint to resume from, or None; remove what a killed run left half-written. (Week 6, lesson 4.)
+    """Return a run's newest checkpoint to resume from, or None where there is no whole one. (Week 6, lesson 4.)
 
-    For ``trainer.train(resume_from_checkpoint=last_checkpoint(folder))``. One with weights only is kept and passed over.
+    For ``trainer.train(resume_from_checkpoint=last_checkpoint(folder))``. What a killed run left half-written is renamed
+    to damaged-..., one with weights only is passed over; nothing is deleted.
     """
     found = [path for path in Path(folder).glob("checkpoint-*") if path.name.split("-")[1].isdecimal()]
     for path in found:
         if _damage(path):
-            shutil.rmtree(path, ignore_errors=True)
+            path.replace(path.with_name(f"damaged-{path.name}-{time.time_ns()}"))
     whole = [path for path in found if (path / "optimizer.pt").is_file()]
     return str(max(whole, key=lambda path: int(path.name.split("-")[1]))) if whole else None
 

@@ -24,7 +24,7 @@ ALLOWED = {
     "train": {"hardware", "batches"},
     "dryrun": {"batches", "chat", "train"},
     "evaluation": {"batches", "chat", "data"},
-    "recipes": set(),
+    "recipes": {"chat"},
     "plots": set(),
     "widgets": {"plots"},
     "checks": set(),

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
+from course_lib.chat import load_template
 from course_lib.errors import DataError, DiskFullError
 from course_lib.recipes import DATASET, TOOLS, check_recipe, write_recipe
 
@@ -97,7 +98,6 @@ def test_axolotl_reads_the_runs_values_under_its_own_names(tmp_path):
         "path": "talks/train.jsonl",
         "ds_type": "json",
         "type": "chat_template",
-        "chat_template": "tokenizer_default",
         "field_messages": "messages",
         "roles_to_train": ["assistant"],
         "train_on_eos": "turn",
@@ -105,7 +105,8 @@ def test_axolotl_reads_the_runs_values_under_its_own_names(tmp_path):
     assert found == {
         "base_model": "mini-zephyr",
         "gradient_checkpointing": True,
-        "chat_template": "tokenizer_default",
+        "chat_template": "jinja",
+        "chat_template_jinja": load_template("zephyr"),
         "train_on_inputs": False,
         "sequence_len": 512,
         "excess_length_strategy": "truncate",
@@ -170,7 +171,7 @@ def test_another_template_is_passed_on_and_keeps_its_system_text(tmp_path):
     llama = check_recipe("llama-factory", write_recipe("llama-factory", tmp_path, **RUN, template="chatml"))
     assert llama["template"] == "chatml" and "default_system" not in llama
     axolotl = check_recipe("axolotl", write_recipe("axolotl", tmp_path, **RUN, template="chatml"))
-    assert axolotl["chat_template"] == axolotl["datasets"][0]["chat_template"] == "chatml"
+    assert axolotl["chat_template"] == "chatml" and "chat_template_jinja" not in axolotl
 
 
 def test_dataset_info_leads_from_its_folder_to_the_data_and_keeps_what_was_registered(tmp_path):
@@ -393,3 +394,10 @@ class Unrelated:
     package = Package(tmp_path / "tool.whl")
     assert keys_of("Recipe", package.classes(r"tool/\w+\.py")) == {"first", "second", "other"}
     assert (package.version, package.licence()) == ("1.2", "MIT")
+
+
+def test_the_remedy_for_turned_round_words_is_the_key_that_has_them(tmp_path):
+    path = write_recipe("axolotl", tmp_path, **RUN)
+    path.write_text(path.read_text().replace("roles_to_train:", "train_roles:"))
+    with pytest.raises(DataError, match=r"train_roles \(did you mean roles_to_train\?\)"):
+        check_recipe("axolotl", path)

@@ -756,7 +756,7 @@ def cut(path):
         ("trainer_state.json", Path.unlink),
     ],
 )
-def test_a_damaged_checkpoint_is_passed_over_and_removed(name, damage, finished, tmp_path):
+def test_a_damaged_checkpoint_is_passed_over_and_put_aside(name, damage, finished, tmp_path):
     folder = tmp_path / "run"
     shutil.copytree(finished, folder)
     assert train.last_checkpoint(folder) == str(folder / "checkpoint-10")  # the tenth is newer than the second

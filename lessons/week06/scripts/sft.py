@@ -1,12 +1,12 @@
 """Lesson 06/04's training as a script, for one process or many.
 
     python lessons/week06/scripts/sft.py --steps 10
-    accelerate launch --num_processes 2 lessons/week06/scripts/sft.py --steps 10           # two GPUs
-    accelerate launch --cpu --num_processes 2 lessons/week06/scripts/sft.py --steps 10     # two processes on one CPU
+    accelerate launch --multi_gpu --num_processes 2 lessons/week06/scripts/sft.py --steps 10 --out runs/two
 
+--multi_gpu starts two processes where there is no GPU as well; they then talk by gloo.
 The global batch is the same however many processes share it, so the losses are, too: each process takes its share of every
-batch, and gradients are averaged over all learnt tokens. Writes losses.json, checkpoints and the model into --out. Run again,
-it goes on from the last whole checkpoint.
+batch, and gradients are averaged over all learnt tokens. (Packed rows are counted in each process, which may round.)
+Writes losses.json, checkpoints and the model into --out; with --resume it goes on from the last whole checkpoint there.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=-1, help="stop after so many; all by default")
     parser.add_argument("--batching", default="packed", choices=["padded", "grouped", "packed"])
     parser.add_argument("--float32", action="store_true", help="no 16-bit arithmetic")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last whole checkpoint in --out"
+    )
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
@@ -89,7 +92,7 @@ def train(options: argparse.Namespace) -> None:
         seed=options.seed,
         **changes,
     )
-    trainer.train(resume_from_checkpoint=last_checkpoint(options.out))
+    trainer.train(resume_from_checkpoint=last_checkpoint(options.out) if options.resume else None)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     if trainer.is_world_process_zero():
         told = {
