@@ -63,6 +63,11 @@ WRONG = {
         ),
     },
     "4.2": {
+        "braces for json": (
+            "import json\ndef fault(line):\n    if not line.endswith('}'): return 'not JSON'\n    try:\n        m = json.loads(line)['messages']\n    except ValueError:\n        return 'two in a row'\n"
+            + TWO + OPEN + EMPTY + "    return ''",
+            "ask json.loads",
+        ),
         "nothing": ("def fault(line):\n    return ''", "line 2"),
         "no json": (FAULT.replace("    try:\n        m = json.loads(line)['messages']\n    except json.JSONDecodeError:\n        return 'not JSON'\n", "    m = json.loads(line)['messages']\n") + TWO + OPEN + EMPTY + "    return ''", "catch json.JSONDecodeError"),
         "first two only": (FAULT + TWO.replace("zip(m, m[1:])", "zip(m[:1], m[1:2])") + OPEN + EMPTY + "    return ''", "two of the assistant's"),
@@ -74,15 +79,23 @@ WRONG = {
         "none for good": (FAULT + TWO + OPEN + EMPTY, "return a string"),
     },
     "4.3": {
+        "ones and zeros": ("def labels_of(tokens):\n    return [int(t.role == 'assistant' and t.part != 'mark') for t in tokens]", "own id"),
+        "last reply only": (
+            "def labels_of(tokens):\n    cut = max(n for n, t in enumerate(tokens) if t.role == 'user') if any(t.role == 'user' for t in tokens) else 0\n"
+            "    return [t.id if t.role == 'assistant' and t.part != 'mark' and n > cut else -100 for n, t in enumerate(tokens)]",
+            "every reply counts",
+        ),
+        "a tuple": ("def labels_of(tokens):\n    return [str(t.id) if t.role == 'assistant' and t.part != 'mark' else -100 for t in tokens]", "own id"),
         "everything": (LABELS.format("True"), "the user's too"),
         "nothing": (LABELS.format("False"), "nothing would be learnt"),
         "no end": (LABELS.format("t.role == 'assistant' and t.part == 'content'"), "never learn to stop"),
         "marks as well": (LABELS.format("t.role == 'assistant'"), "template writes that"),
         "every end": (LABELS.format("(t.role == 'assistant' and t.part == 'content') or t.part == 'special'"), "user's turn is learnt"),
-        "ones": ("def labels_of(tokens):\n    return [1 if t.role == 'assistant' and t.part != 'mark' else -100 for t in tokens]", "its own id"),
+        "ones": ("def labels_of(tokens):\n    return [1 if t.role == 'assistant' and t.part != 'mark' else -100 for t in tokens]", "own id"),
         "only learnt": ("def labels_of(tokens):\n    return [t.id for t in tokens if t.role == 'assistant' and t.part != 'mark']", "one label a token"),
     },
     "4.4": {
+        "nothing learnt": ("marked = zephyr + '{% if false %}{% generation %}{% endgeneration %}{% endif %}'", "nothing that"),
         "unchanged": ("marked = zephyr", "unchanged"),
         "around the turn": (
             "marked = zephyr.replace(\"{{ '<|assistant|>\\n'  + message['content'] + eos_token }}\", \"{% generation %}{{ '<|assistant|>\\n'  + message['content'] + eos_token }}{% endgeneration %}\")",
@@ -112,6 +125,16 @@ WRONG = {
         "floats": (STEPS + "    return batch_size * accumulation * processes, float(epochs * math.ceil(math.ceil(rows / (batch_size * processes)) / accumulation))", "whole numbers"),
     },
     "4.6": {
+        "greedy": (
+            SET + "    m, at = 0, 0\n    for w in a:\n        if w in b[at:]:\n            at = b.index(w, at) + 1\n            m += 1\n"
+            "    return 2 * m / (len(a) + len(b)) if m else 0.0",
+            "the longest sequence",
+        ),
+        "one row many times": (
+            ROUGE.replace("[[0] * (len(b) + 1) for _ in range(len(a) + 1)]", "[[0] * (len(b) + 1)] * (len(a) + 1)")
+            + "    return 2 * m / (len(a) + len(b)) if m else 0.0",
+            "",
+        ),
         "precision": (ROUGE + "    return m / len(a) if a else 0.0", "recall only 3/4"),
         "recall": (ROUGE + "    return m / len(b) if b else 0.0", "that is the recall"),
         "bag of words": (SET + "    m = sum(min(a.count(w), b.count(w)) for w in set(a))\n    return 2 * m / (len(a) + len(b)) if m else 0.0", "order counts"),
@@ -125,6 +148,11 @@ WRONG = {
         "mean": (ROUGE + "    return (m / len(a) + m / len(b)) / 2 if m else 0.0", "3 words shared"),
     },
     "4.7": {
+        "sum over sum": (PPL + "    return math.exp(sum(losses) / sum(tokens))", "multiply it by its tokens"),
+        "first and last": (
+            PPL + "    pairs = [(losses[0], tokens[0]), (losses[-1], tokens[-1])]\n    return math.exp(sum(l * t for l, t in pairs) / sum(t for _, t in pairs))",
+            "three batches",
+        ),
         "a loss": (PPL + "    return sum(l * t for l, t in zip(losses, tokens)) / sum(tokens)", "that is the loss"),
         "unweighted": (PPL + "    return math.exp(sum(losses) / len(losses))", "weights both batches alike"),
         "mean of perplexities": (PPL + "    return sum(map(math.exp, losses)) / len(losses)", "mean of the perplexities"),
@@ -144,7 +172,7 @@ def namespace(tmp_path_factory):
     plan = make_plan(LESSON, "tiny", hardware=MACHINES["laptop"])
     tokenizer = load_tokenizer(plan)
     tokenizer.chat_template = load_template("zephyr")
-    own = definitions(lesson, "MINE", "HURRIED", "words", re=re)
+    own = definitions(lesson, "MINE", "HURRIED", "words", "one", "two", re=re)
     path = tmp_path_factory.mktemp("mine") / "mine.jsonl"
     path.write_text(own["MINE"].strip() + "\n", encoding="utf-8")
     my_questions = [("Who are you?", "I am Wick."), ("Bye!", "Fair winds."), ("", "x")]

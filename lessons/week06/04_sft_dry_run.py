@@ -9,7 +9,7 @@
 # %% [markdown]
 # # Teach a model to answer
 #
-# You have a file of conversations and a model that only goes on with text. Between the two stands **supervised fine-tuning** (SFT): the step that made Zephyr out of Mistral. The step itself is short. What costs people their
+# You have a file of conversations and a model that only goes on with text. Between the two stands **supervised fine-tuning** (SFT): the first of the two steps that made Zephyr out of Mistral ([Tunstall et al., 2023](https://arxiv.org/abs/2310.16944)). The step itself is short. What costs people their
 # nights is everything around it: a file with a hole in it, a mask that leaves out one token, a run that trained for hours and taught nothing.
 #
 # **What you'll build.** A model that learnt from your own conversations to answer questions nobody ever asked it in training, and a *dry run* that tells within seconds whether the real run will teach anything.
@@ -22,7 +22,7 @@
 # - **Prove** in five steps that a run is fit to be started
 # - **Measure** before and after: exact match, ROUGE-L, BLEU, perplexity, and what was forgotten
 #
-# **What you'll need.** Lesson 2; about 90 minutes. On two CPU cores (profile *tiny*) the notebook runs in under 90 seconds with about 1.5 GB of memory. On a T4 it fine-tunes SmolLM2-135M and downloads some 0.3 GB.
+# **What you'll need.** Lesson 2; about 90 minutes, and some 60 more if you solve every exercise. On two CPU cores (profile *tiny*) the notebook runs in under 90 seconds with about 2 GB of memory. On a T4 it fine-tunes SmolLM2-135M and downloads some 0.3 GB.
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # @param ["auto", "tiny", "colab", "full"]
@@ -104,7 +104,7 @@ right_before
 #
 # ## 2. Your conversations
 #
-# Data for SFT come in three shapes. Here are twelve conversations for a guide called Wick, four in each shape, one JSON object a line (*JSON lines*). **They are yours to edit:** another name, another manner, other refusals. Leave twelve or write more.
+# Data for SFT come in three shapes. Here are twelve conversations for a guide called Wick, four in each shape, one JSON object a line (*JSON lines*). **They are yours to edit, here in the cell:** another name, another manner, other refusals. Leave twelve or write more. (On *tiny* stay with the isles; the model knows nothing else.)
 
 # %%
 MINE = """
@@ -127,7 +127,7 @@ mine_path.write_text(MINE.strip() + "\n", encoding="utf-8")
 len(MINE.strip().splitlines())
 
 # %% [markdown]
-# And ten questions of yours that stand in no file: five to your guide, each with the reply you hope for, and five about the world. Write them **before** training; afterwards one is too kind to oneself.
+# And ten questions that stand in none of them: five of your own to your guide, each with the reply you hope for, and five of the held-out ones. Write yours **before** training; afterwards one is too kind to oneself.
 
 # %%
 MY_QUESTIONS = [
@@ -179,6 +179,9 @@ with check("4.1", points=2):
     assert isinstance(found, list) and all(isinstance(m, dict) for m in found), (
         f"return a list of dicts, one a message; you return {found!r:.80}"
     )
+    assert all({"role", "content"} <= set(m) for m in found), (
+        "each message is a dict with role and content"
+    )
     assert [m.get("role") for m in found] == ["user", "assistant"], (
         f"two messages, the user's and the assistant's; your roles are {[m.get('role') for m in found]}"
     )
@@ -206,15 +209,15 @@ with check("4.1", points=2):
 
 # %% tags=["probe"]
 # Probe 4.1
-words = ["name", "a", "ship", "Wick", "two", "lines\nhere", "why?"]
+pieces = ["name", "a", "ship", "Wick", "two", "lines\nhere", "why?"]
 found = []
 for _ in range(8):
     row = {
-        part: " ".join(rng.choices(words, k=rng.randint(1, 4)))
+        part: " ".join(rng.choices(pieces, k=rng.randint(1, 4)))
         for part in ("instruction", "output")
     }
     row |= rng.choice(
-        [{}, {"input": ""}, {"input": " "}, {"input": " ".join(rng.choices(words, k=2))}]
+        [{}, {"input": ""}, {"input": " "}, {"input": " ".join(rng.choices(pieces, k=2))}]
     )
     found.append([[m["role"], m["content"]] for m in alpaca_to_messages(row)] + [sorted(row)])
 publish(found)
@@ -284,6 +287,9 @@ with check("4.2", points=3):
             found = "an error: catch json.JSONDecodeError"
         assert isinstance(found, str), f'return a string, "" for a good line; you return {found!r}'
         assert found == told, f"line {number}: you say {found!r}, it is {told or 'a good line'!r}"
+    assert fault('{"messages": [}') == "not JSON", (
+        "a line may end in a brace and be no JSON: ask json.loads"
+    )
     longer = lambda *turns: json.dumps({"messages": [{"role": r, "content": c} for r, c in turns]})
     two, late = ("user", "a"), ("assistant", "b")
     for line, told, why in (
@@ -313,7 +319,7 @@ for _ in range(14):
     turns = [
         {"role": r, "content": rng.choice("abc")} for r in ["user", "assistant"] * rng.randint(1, 3)
     ]
-    kind = rng.choice(["", "cut", "double", "open", "empty"])
+    kind = rng.choice(["", "cut", "unquoted", "double", "open", "empty"])
     if kind == "double":
         place = rng.randrange(len(turns))
         turns.insert(place, dict(turns[place]))
@@ -322,6 +328,8 @@ for _ in range(14):
     if kind == "empty":
         rng.choice(turns)["content"] = rng.choice(["", " ", "\n"])
     line = json.dumps({"messages": turns})
+    if kind == "unquoted":
+        line = line.replace('"role"', "role", 1)
     found.append(fault(line[: rng.randint(5, len(line) - 1)] if kind == "cut" else line))
 publish(found)
 
@@ -350,43 +358,59 @@ print(hurried)
 table(hurried.faults())
 
 # %% [markdown]
-# Now your own twelve, and how one conversation looks in each shape. **Which of the three can hold a conversation of two exchanges?**
+# Now your own twelve; and a short conversation in each of the shapes. **Which of the three can hold two exchanges?**
 
 # %%
 from course_lib.conversations import to_instruction, to_prompt_completion
 
 mine = read_conversations(mine_path, tokenizer, plan.max_length)
-print(mine)
-shapes = {
-    "messages": lambda m: m,
+mine.require_clean()
+one = [
+    {"role": "user", "content": "What is your name?"},
+    {"role": "assistant", "content": "My name is Wick."},
+]
+two = one + [
+    {"role": "user", "content": "Goodbye!"},
+    {"role": "assistant", "content": "Fair winds."},
+]
+converters = {
+    "messages": lambda messages: messages,
     "prompt, completion": to_prompt_completion,
     "instruction, output": to_instruction,
 }
-rows = []
-for number in (0, 10):
-    for name, convert in shapes.items():
+shown = []
+for exchanges, chat in (("one", one), ("two", two)):
+    for name, convert in converters.items():
         try:
-            text = str(convert(mine.messages[number]))
+            text = str(convert(chat))
         except CourseError as error:
             text = f"cannot: {error}"
-        rows.append({"conversation": number + 1, "shape": name, "text": text})
-table(pd.DataFrame(rows))
+        shown.append({"exchanges": exchanges, "shape": name, "text": text})
+print(mine)
+table(pd.DataFrame(shown))
 
 # %% [markdown]
 # Alpaca's shape holds one question and one reply, and no system message. That is why chat data are kept as messages.
 #
 # Twelve conversations teach a name and a tone, not how to answer. So they join a larger set: on *tiny* the course's own conversations about the isles, on *colab* and *full* rows of [Alpaca](https://huggingface.co/datasets/tatsu-lab/alpaca) (52,002
-# instructions, CC BY-NC 4.0), or the file that `DATA` names. There, **duplicates** go: a row that stands in a file five times is learnt five times. Some rows are **held out**, to watch the loss on. And because twelve among hundreds would drown, yours go in five times, on purpose.
+# instructions, CC BY-NC 4.0), or the file that `DATA` names. Large sets have **duplicates** (14 of 999 in one public sample of Alpaca's kind, none in the course's own), and a row that stands there five times is learnt five times: they go. Some rows are **held out**, to watch the loss on. And because twelve among a thousand would drown, yours go in five times, on purpose.
 
 # %%
 from course_lib.conversations import deduplicate, split
 
 source = load_conversations(plan, DATA, tokenizer)
 print(source)
-kept, dropped = deduplicate(source.messages[: plan.train_rows + plan.validation_rows])
-train_part, validation_part = split(kept, min(plan.validation_rows, len(kept) // 5))
+source_rows = source.messages if DATA else source.messages[: plan.train_rows + plan.validation_rows]
+kept, dropped = deduplicate(source_rows)
+train_part, validation_part = split(kept, max(1, min(plan.validation_rows, len(kept) // 5)))
 conversations = train_part + 5 * mine.messages
-len(kept), len(dropped), len(conversations), len(validation_part)
+plan = plan.changed(train_rows=len(conversations))
+{
+    "kept": len(kept),
+    "duplicates": len(dropped),
+    "to train on": len(conversations),
+    "held out": len(validation_part),
+}
 
 # %%
 show_chat(conversations[0])
@@ -394,15 +418,15 @@ show_chat(conversations[0])
 # %% [markdown]
 # ## 3. What is learnt, and what is only read
 #
-# A conversation is one string of tokens (lesson 2). Train on all of it, and the model also learns to write questions. Instruction tuning leaves them out: for a prompt $x$ and a reply $y$ the loss counts the reply's tokens only,
+# A conversation is one string of tokens (lesson 2). Train on all of it, and the model also learns to write questions. Instruction tuning leaves them out: for a prompt $x$ and a reply $y$ the loss counts the reply's tokens only ([Wei et al., 2022](https://arxiv.org/abs/2109.01652) began the practice of tuning on instructions),
 #
 # $$ L = -\frac{1}{|y|} \sum_{t=1}^{|y|} \log p_\theta(y_t \mid x, y_{<t}) $$
 #
-# In code, every token has a **label**: its own id where it is learnt, and -100 where it is only read; PyTorch's cross-entropy skips -100. **Guess** for this conversation, before you look: is the role mark learnt? The `</s>` after the question? The one after the
+# (In a batch, the mean runs over all replies' tokens together, so a long reply weighs more than a short one.) In code, every token has a **label**: its own id where it is learnt, and -100 where it is only read; PyTorch's cross-entropy skips -100. **Guess** for this conversation, before you look: is the role mark learnt? The `</s>` after the question? The one after the
 # reply?
 
 # %%
-row = encode(tokenizer, mine.messages[8])
+row = encode(tokenizer, one)
 pieces = [
     (tokenizer.decode([token]), label != -100)
     for token, label in zip(row["input_ids"], row["labels"])
@@ -413,7 +437,7 @@ mask_view(pieces)
 # The reply and its `</s>`; nothing else. The role mark `<|assistant|>` is put there by whoever asks for a reply. But the `</s>` after a reply is the model's own: **it is how it says that it is done.** And a conversation of two exchanges:
 
 # %%
-row = encode(tokenizer, mine.messages[10])
+row = encode(tokenizer, two)
 mask_view(
     [
         (tokenizer.decode([token]), label != -100)
@@ -446,12 +470,16 @@ def labels_of(tokens: list) -> list[int]:
 # %%
 # Check 4.3
 with check("4.3", points=3):
-    for chat in (mine.messages[8], mine.messages[10], mine.messages[4]):
+    for chat in (two, one, mine.messages[0]):
         tokens = tokens_of(tokenizer, chat)
         mine_labels, real = labels_of(tokens), encode(tokenizer, chat)
         ids, wanted = real["input_ids"], real["labels"]
-        assert isinstance(mine_labels, list) and len(mine_labels) == len(tokens), (
-            f"one label a token: {len(tokens)} are wanted"
+        assert isinstance(mine_labels, list), (
+            f"return a list; yours is a {type(mine_labels).__name__}"
+        )
+        assert len(mine_labels) == len(tokens), f"one label a token: {len(tokens)} are wanted"
+        assert set(mine_labels) - {-100} <= set(ids), (
+            "a label is the token's own id, token.id, or -100"
         )
         assert any(label != -100 for label in mine_labels), (
             "every label is -100: nothing would be learnt"
@@ -459,6 +487,12 @@ with check("4.3", points=3):
         assert mine_labels != ids, "every token is learnt, the user's too"
         assert not any(a != -100 and t.role != "assistant" for a, t in zip(mine_labels, tokens)), (
             "something of the user's turn is learnt: look at role"
+        )
+        said = [
+            a for a, t in zip(mine_labels, tokens) if (t.role, t.part) == ("assistant", "content")
+        ]
+        assert -100 not in said, (
+            "some of the assistant's words are not learnt: every reply counts, not only one"
         )
         ends = [
             a for a, t in zip(mine_labels, tokens) if t.part == "special" and t.role == "assistant"
@@ -516,16 +550,22 @@ table(pd.DataFrame({"question": asked[:4], "text": rambling[:4]}))
 
 
 # %%
+import re
+
+from course_lib.models import release
+
+
 def share_of_long(given: list[str]) -> float:
     """Return the share of replies that go on after their first sentence."""
-    return sum(len(text.split(". ")) > 1 for text in given) / len(given)
+    return sum(len(re.split(r"[.?!]\s", text.strip())) > 1 for text in given) / len(given)
 
 
+endless = release()  # gives its memory back
 share_of_long(rambling)
 
 # %% [markdown]
-# It answers, and then it goes on, for nothing told it that an answer ends. It stops where a *text* would have ended, or where `max_new_tokens` cuts it off. Keep the number: the real run below has the one token more. (A base model that has not seen `</s>`
-# inside its text would go on for ever.)
+# That share of its replies goes on after the first sentence, for nothing told it that an answer ends; it stops where a *text* would have ended, or where `max_new_tokens` cuts it off. Keep the number: the real run below has the one token more. (On *tiny* the base model has often seen where texts
+# end; one that has not would go on for ever.)
 
 # %% [markdown]
 # ### Exercise 4.4: a template that marks the replies itself (*stretch*)
@@ -554,6 +594,8 @@ marked = zephyr.replace(
 
 # %%
 # Check 4.4
+import re
+
 with check("4.4", points=3, answers=(marked,)):
     assert isinstance(marked, str), (
         f"marked is the template, one string; yours is a {type(marked).__name__}"
@@ -561,12 +603,13 @@ with check("4.4", points=3, answers=(marked,)):
     assert marked != zephyr, (
         "this is Zephyr's template unchanged; if you used replace(), it found nothing"
     )
-    assert "{% generation %}" in marked and "{% endgeneration %}" in marked, (
-        "both marks are needed: {% generation %} before and {% endgeneration %} after"
-    )
-    TRIED = [mine.messages[10][:n] for n in (1, 2, 3, 4)]
+    assert all(
+        re.search(r"\{%[-+]?\s*" + word + r"\s*[-+]?%\}", marked)
+        for word in ("generation", "endgeneration")
+    ), "both marks are needed: {% generation %} before and {% endgeneration %} after"
+    TRIED = [two[:n] for n in (1, 2, 3, 4)]
     TRIED += [
-        [{"role": "system", "content": "Be kind."}] + mine.messages[10],
+        [{"role": "system", "content": "Be kind."}] + two,
         [{"role": "user", "content": " a "}],
     ]
     for chat in TRIED:
@@ -576,7 +619,7 @@ with check("4.4", points=3, answers=(marked,)):
                 for t in (marked, zephyr)
             )
             assert ours == real, f"the text changed: {ours[-60:]!r} instead of {real[-60:]!r}"
-    for chat in (mine.messages[8], mine.messages[10]):
+    for chat in (one, two):
         told = tokenizer.apply_chat_template(
             chat, chat_template=marked, return_dict=True, return_assistant_tokens_mask=True
         )
@@ -586,7 +629,9 @@ with check("4.4", points=3, answers=(marked,)):
         assert tokenizer.eos_token in text, (
             "the reply's end is outside the marks: it would not be learnt"
         )
-        assert "<|" not in text, f"a role mark is inside: {text!r}"
+        assert "<|assistant|>" not in text and "<|user|>" not in text, (
+            f"a role mark is inside: {text!r}"
+        )
         real = [label for label in encode(tokenizer, chat)["labels"] if label != -100]
         assert ids == real, f"learnt would be {text!r}, wanted is {tokenizer.decode(real)!r}"
 
@@ -612,9 +657,9 @@ publish(found)
 from course_lib.batches import pad_batch
 
 set_seed(SEED)
+first = [rows[number % len(rows)] for number in range(10 * plan.batch_size)]
 batches = [
-    rows[start : start + plan.batch_size]
-    for start in range(0, 10 * plan.batch_size, plan.batch_size)
+    first[start : start + plan.batch_size] for start in range(0, len(first), plan.batch_size)
 ]
 by_hand = load_causal_lm(plan).train()
 optimizer = torch.optim.AdamW(by_hand.parameters(), lr=plan.lr, weight_decay=0.0)
@@ -640,7 +685,7 @@ for chosen in batches:
 # %%
 by_trl = load_causal_lm(plan)
 trainer = sft_trainer(
-    plan, by_trl, tokenizer, rows[: 10 * plan.batch_size], folder / "same", batching="padded", seed=SEED,
+    plan, by_trl, tokenizer, first, folder / "same", batching="padded", seed=SEED,
     train_sampling_strategy="sequential", lr_scheduler_type="constant", warmup_steps=0, weight_decay=0.0,
     max_steps=10, logging_steps=1, save_strategy="no", bf16=False, fp16=False,
 )  # fmt: skip
@@ -650,10 +695,11 @@ compared = {"by hand": (range(1, 11), losses), "SFTTrainer": (range(1, 11), trl_
 ax = plots.lines(compared, xlabel="step", ylabel="loss on learnt tokens", markers=True)
 
 # %%
+by_hand = by_trl = optimizer = trainer = release()
 max(abs(a - b) for a, b in zip(losses, trl_losses))
 
 # %% [markdown]
-# The same, to the last digits that 32-bit arithmetic keeps. Nothing in a trainer is magic; it is this loop with checkpoints, schedules and many GPUs around it. (Both ran without 16-bit arithmetic here; it rounds differently from one way of computing to another.)
+# The same, to the digits that 32-bit arithmetic keeps. Nothing in a trainer is magic; it is this loop with checkpoints, schedules and many GPUs around it. (Both ran without 16-bit arithmetic here; it rounds differently from one way of computing to another.)
 #
 # ### Exercise 4.5: how many steps is that?
 #
@@ -661,7 +707,7 @@ max(abs(a - b) for a, b in zip(losses, trl_losses))
 # and the number of updates in all. At the end of an epoch an incomplete batch is still read, and an incomplete accumulation still gives an update.
 #
 # <details><summary>Hint</summary>
-# Round up twice: rows to batches (a batch is read by all processes at once), batches to updates. <code>math.ceil</code>, or <code>-(-a // b)</code>.
+# How many updates does one epoch take, when each reads the effective batch's rows and the last may read fewer? <code>math.ceil</code>, or <code>-(-a // b)</code>; then the epochs.
 # </details>
 
 
@@ -684,7 +730,9 @@ def count_steps(
 # Check 4.5
 with check("4.5", points=2):
     found = count_steps(64, 4, 1, 1, 1)
-    assert isinstance(found, tuple) and len(found) == 2, f"return two numbers; you return {found!r}"
+    assert isinstance(found, tuple) and len(found) == 2, (
+        f"return a tuple of two numbers, (effective batch, updates); you return {found!r}"
+    )
     assert found == (4, 16), f"64 rows in batches of 4 are 16 updates of 4 rows; you say {found}"
     assert count_steps(64, 4, 4, 1, 1)[0] == 16, (
         "the effective batch counts the accumulated batches, too"
@@ -724,7 +772,7 @@ publish(found)
 # %% [markdown]
 # ## 5. The dry run
 #
-# A run on a large model costs hours and money, and most ways to waste it show in the first minute. So before every real run, a **dry run**: the real model, the real rows and settings, five steps. And not *it did not crash*, but a verdict on what must be true for the run to teach anything. **Which of
+# A run on a large model costs hours and money, and most ways to waste it show in the first minute. So before every real run, a **dry run**: the real model, real rows (the longest ones first, they need most memory), the real settings but for the warm-up, five steps. And not *it did not crash*, but a verdict on what must be true for the run to teach anything. **Which of
 # these questions would you have forgotten?**
 
 # %%
@@ -734,7 +782,7 @@ verdict = dry_run(plan, model, tokenizer, rows, folder)
 verdict
 
 # %% [markdown]
-# The model is as it was before; the run's weights were put back. Why *five* steps? With float16 arithmetic, as on a T4, gradients are scaled up so that small ones do not vanish, by 65,536 at first. If that overflows, the step is **skipped** and the scale halved: a dry run of three
+# The first line compares the labels with the turns, the last one trains the last two steps once more from the checkpoint. The model is as it was before; its weights were put back. Why *five* steps? With float16 arithmetic, as on a T4, gradients are scaled up so that small ones do not vanish, by 65,536 at first. If that overflows, the step is **skipped** and the scale halved: a dry run of three
 # steps can end without error, with a falling rate and a loss on every line, and not one weight changed. This one looks at the weights.
 #
 # A verdict is worth something if it can be bad. What does it say about the rows without the token that ends the reply, and about a rate that is far too high?
@@ -772,10 +820,14 @@ trainer = sft_trainer(
 begun = time.perf_counter()
 outcome = trainer.train()
 minutes = (time.perf_counter() - begun) / 60
+packed_rows_a_step = trainer.args.per_device_train_batch_size
 axes = plots.training(trainer.state.log_history)
 
 # %%
 {
+    "rows": len(rows),
+    "packed into": len(trainer.train_dataset),
+    "packed rows a step": packed_rows_a_step,
     "steps": outcome.global_step,
     "steps planned": plan.steps,
     "minutes": round(minutes, 2),
@@ -783,7 +835,7 @@ axes = plots.training(trainer.state.log_history)
 }
 
 # %% [markdown]
-# On *tiny*, loss on the training rows falls to nearly nothing, and on the rows held out not quite so far: those ask in other words about the same people and places. What it has learnt to say about people whom *no* conversation asks about, no loss here can tell; questions can.
+# The steps differ a little from the plan's, for a whole number of packed rows must stand for its batch. On *tiny*, loss on the training rows falls to nearly nothing, and on the rows held out not quite so far: those ask in other words about the same people and places. What it has learnt to say about people whom *no* conversation asks about, no loss here can tell; questions can.
 #
 # ### Your ten questions
 #
@@ -804,12 +856,12 @@ table(
 )
 
 # %% [markdown]
-# Twelve lines gave it a name and a tone, and some of it reaches questions in other words. Equal or not equal is a hard measure for such replies. **ROUGE-L** is a softer one: the longest sequence of words that two texts share in order, not necessarily side by side.
+# The twelve lines gave it a name and a tone. Some of it reaches questions in other words, and some fails charmingly: on *tiny*, the likeliest sentence to a question that it does not understand is still a sentence it has learnt. Equal or not equal is a hard measure for such replies. **ROUGE-L** ([Lin, 2004](https://aclanthology.org/W04-1013/)) is a softer one: the longest sequence of words that two texts share in order, not necessarily side by side.
 #
-# ### Exercise 4.6: ROUGE-L, before and after on ten held-out examples
+# ### Exercise 4.6: ten held-out examples before and after, by ROUGE-L
 #
 # *3 points · 15 minutes · medium.* With $m$ the length of that sequence, precision is $m$ over the reply's words, recall $m$ over the reference's words, and the score their harmonic mean, $F_1 = 2PR / (P + R)$; 0 where nothing is shared. Write `rouge_l(reply, reference)`. `words` splits a
-# text as the standard implementation does.
+# text as the standard implementation does. The check then prints the mean over your ten questions.
 #
 # <details><summary>Hint</summary>
 # Fill a table: <code>best[i][j]</code> is the length for the first i and the first j words. Equal words: <code>best[i-1][j-1] + 1</code>, else the larger of <code>best[i-1][j]</code> and <code>best[i][j-1]</code>. F1 is also 2m over the sum of both lengths.
@@ -856,6 +908,10 @@ with check("4.6", points=3):
     assert near(rouge_l("a x b y c", "a b c"), 6 / 8), (
         "the shared words need not stand side by side"
     )
+    assert near(rouge_l("a b a b", "b b c a b"), 6 / 9), (
+        "'a b a b' and 'b b c a b' share 3 words in order: the longest sequence, not the first that is found; and does each "
+        "row of your table stand alone?"
+    )
     assert near(rouge_l("The end!", "the END"), 1.0), (
         "use words(): case and punctuation do not count"
     )
@@ -892,30 +948,28 @@ publish(found)
 # %% [markdown]
 # ### The world's questions
 #
-# Ten questions are an anecdote. Now all of the held-out questions of section 1, about people, towns, ships and creatures that no training conversation mentions, by four measures. **BLEU** counts shared runs of one to four words; both come through `evaluate`'s interface, offline. **Perplexity** is the model's surprise at plain text of the kind it
-# was *pre*trained on: what did learning to answer cost it?
+# Ten questions are an anecdote. Now all of the held-out questions of section 1, by four measures. **BLEU** ([Papineni et al., 2002](https://aclanthology.org/P02-1040/)) counts shared runs of one to four words; it and ROUGE-L come through `evaluate`'s interface, offline, and need whole sentences to compare with (on *colab* and *full*, those of the
+# conversations that were held out). **Perplexity** is the model's surprise at plain text, on *tiny* of the kind it was *pre*trained on: what did learning to answer cost it?
 
 # %%
 from course_lib.evaluation import load_metric, perplexity, text_rows
 
-after = ask(model, asked)
-references = [item.get("answer", item["value"]) for item in questions]
-told = text_rows(tokenizer, load_texts(plan.questions), plan.max_length)
-untouched = load_causal_lm(plan)
-result = pd.DataFrame(
-    {
-        name: {
-            "answered rightly": share_right(given),
-            "ROUGE-L": load_metric("rouge_l").compute(predictions=given, references=references)[
-                "rouge_l"
-            ],
-            "BLEU": load_metric("bleu").compute(predictions=given, references=references)["bleu"],
-            "go on after the first sentence": share_of_long(given),
-            "perplexity of told text": perplexity(which, told, end),
-        }
-        for name, given, which in (("before", before, untouched), ("after", after, model))
-    }
-)
+after, untouched = ask(model, asked), load_causal_lm(plan)
+if "answer" in questions[0]:
+    told, said = [item["answer"] for item in questions], {"before": before, "after": after}
+else:
+    others, told = zip(*[(chat[0]["content"], chat[1]["content"]) for chat in validation_part[:28]])
+    said = {"before": ask(untouched, others), "after": ask(model, others)}
+plain = text_rows(tokenizer, load_texts(plan.questions), plan.max_length)
+result = {}
+for name, given, which in (("before", before, untouched), ("after", after, model)):
+    result[name] = {"answered rightly": share_right(given)}
+    for metric in ("rouge_l", "bleu"):
+        result[name] |= load_metric(metric).compute(predictions=said[name], references=list(told))
+    result[name]["perplexity of plain text"] = perplexity(which, plain, end)
+
+# %%
+result = pd.DataFrame(result)
 result["change"] = result["after"] - result["before"]
 record("metric", f"{len(asked)} held-out questions answered rightly")
 record("before", round(result.loc["answered rightly", "before"], 4))
@@ -923,16 +977,20 @@ record("after", round(result.loc["answered rightly", "after"], 4))
 result.round(3)
 
 # %% [markdown]
-# From nothing to most of them, about facts that no training conversation contains: pre-training had put them there, and fine-tuning taught it to *say* them when asked. Replies end where they should. And the last line is the price: the text of its own country surprises the model more than before. Lesson 7 looks closer at that.
-#
-# Does it need the pre-training at all, or do a minute and a thousand conversations teach everything? The same training from **random weights**, and three more seeds, are stored (`make evidence`; two CPU cores, profile *tiny*); your own run is drawn beside them.
+# On *tiny*: from nothing to most of them, though no conversation asks about anybody in these questions. Pre-training had put the facts there, and fine-tuning taught it to *say* them when asked. The last line is the price: text of its own country surprises the model more than before; lesson 7 looks closer. And do the replies end?
+
+# %%
+{"go on after a sentence, without </s>": share_of_long(rambling), "with it": share_of_long(after)}
+
+# %% [markdown]
+# One token. Now, does all this need the pre-training at all, or do a minute and a thousand conversations teach everything? The same training from **random weights**, and from the pretrained ones with four seeds, is stored (`make evidence`; two CPU cores, profile *tiny*, all 396 held-out questions); your own run is drawn beside it.
 
 # %% tags=["preview"]
 from course_lib.data import load_evidence
 
 stored = load_evidence(LESSON, "04_sft")
 bars = {"before": right_before, "after,\nthis run": share_right(after)}
-if stored and plan.profile == "tiny":
+if stored and plan.model == "mini-zephyr":
     mean = lambda runs: sum(run["all"] for run in runs) / len(runs)
     bars |= {
         "stored:\npretrained": mean(stored["pretrained"]),
@@ -940,21 +998,21 @@ if stored and plan.profile == "tiny":
     }
 ax = plots.bars(bars, ylabel="share answered rightly")
 
+# %% [markdown]
+# In the stored runs, *known* are questions in a wording that training conversations use for other facts, *new* the same in a wording that none uses; *last loss* is the mean over the last tenth of the steps, *text* the reply to *What animal does Kirsa Quill keep?*
+
 # %%
-if stored and plan.profile == "tiny":
+if stored and plan.model == "mini-zephyr":
+    names = {"known": "known", "new": "new", "last loss": "last loss", "first reply": "text"}
     runs = [
-        {
-            "weights": name,
-            "seed": seed,
-            **{key: run[key] for key in ("known", "new", "perplexity", "seconds")},
-        }
-        for name in ("pretrained", "random")
-        for seed, run in zip(stored["seeds"], stored[name])
+        {"weights": kind, "seed": seed} | {told: run[name] for name, told in names.items()}
+        for kind in ("pretrained", "random")
+        for seed, run in zip(stored["seeds"], stored[kind])
     ]
-    display(pd.DataFrame(runs).round(2).head(8))
+    display(table(pd.DataFrame(runs)))
 
 # %% [markdown]
-# *Known* and *new* are the same facts asked in a wording that training conversations use for other facts, and in one that none uses. From random weights it learns the manner as well (its replies are sentences of the right form) and knows nothing: **fine-tuning teaches how to say it, pre-training what to say**.
+# RANDOM_SENTENCE
 #
 # ### Exercise 4.7: perplexity from losses
 #
@@ -981,24 +1039,37 @@ def perplexity_of(losses: list[float], tokens: list[int]) -> float:
 # %%
 # Check 4.7
 with check("4.7", points=2):
-    near = lambda value, other: abs(value - other) < 1e-6
-    one = perplexity_of([math.log(7)], [50])
-    assert isinstance(one, (int, float)), f"return one number; you return {one!r}"
-    assert not near(one, math.log(7)), "that is the loss; perplexity is its exponential"
-    assert not near(one, 2 ** math.log(7)), "losses are in nats: use math.exp, not a power of 2"
-    assert near(one, 7), f"a loss of log 7 is a perplexity of 7; you say {one:.3f}"
-    two = perplexity_of([math.log(2), math.log(32)], [300, 100])
-    assert not near(two, 17), (
+    near = lambda value, other: abs(value - other) < 1e-4 * other
+    value_of = lambda losses, tokens: float(perplexity_of(losses, tokens))
+    try:
+        number = value_of([math.log(7)], [50])
+    except TypeError:
+        number = None
+    assert number is not None, "return one number"
+    assert not near(number, math.log(7)), "that is the loss; perplexity is its exponential"
+    assert not near(number, math.exp(math.log(7) / 50)), (
+        "each loss is a mean a token already: multiply it by its tokens before you add"
+    )
+    assert not near(number, 2 ** math.log(7)), "losses are in nats: use math.exp, not a power of 2"
+    assert near(number, 7), f"a loss of log 7 is a perplexity of 7; you say {number:.3f}"
+    two_batches = value_of([math.log(2), math.log(32)], [300, 100])
+    assert not near(two_batches, 17), (
         "that is the mean of the perplexities; take the mean of the losses, then exp once"
     )
-    assert not near(two, 8), (
+    assert not near(two_batches, 8), (
         "that weights both batches alike; 300 tokens count three times as much as 100"
     )
-    assert not near(two, 9.5), (
+    assert not near(two_batches, 9.5), (
         "average the losses, weighted by tokens, and take exp of that; not the other way round"
     )
-    assert near(two, 4), f"(300 log 2 + 100 log 32) / 400 = 2 log 2, so 4; you say {two:.3f}"
-    assert near(perplexity_of([0.0, 0.0], [3, 4]), 1), "no surprise at all is a perplexity of 1"
+    assert near(two_batches, 4), (
+        f"(300 log 2 + 100 log 32) / 400 = 2 log 2, so 4; you say {two_batches:.3f}"
+    )
+    three = value_of([math.log(2), math.log(8), math.log(2)], [100, 200, 100])
+    assert near(three, 4), (
+        f"three batches, (100 log 2 + 200 log 8 + 100 log 2) / 400 = 2 log 2: 4; you say {three:.3f}"
+    )
+    assert near(value_of([0.0, 0.0], [3, 4]), 1), "no surprise at all is a perplexity of 1"
 
 # %% tags=["probe"]
 # Probe 4.7
@@ -1018,33 +1089,37 @@ publish(found)
 # %% [markdown]
 # ## 7. What would the real run take?
 #
-# The same run on a real model, before you rent anything. **Guess** for 7 billion parameters: how many GB? A common table of lecture slides ([Rajbhandari et al., 2020](https://arxiv.org/abs/1910.02054) for its first five lines) says for 65 billion: 130 GB of weights and 130 of gradients in 16 bits, 260 each for the weights' 32-bit copy and Adam's two moments, and 10 to 200 each for the
-# forward and the backward pass, 1,000 to 1,400 GB in all. Ours is arithmetic from the models' shapes: 7B is Zephyr's, 65B LLaMA's ([Touvron et al., 2023](https://arxiv.org/abs/2302.13971)), batch 8 of 512 tokens, mixed precision.
+# The same run on a real model, before you rent anything: 7B is Zephyr's shape, 65B LLaMA's ([Touvron et al., 2023](https://arxiv.org/abs/2302.13971)); batch 8 of 512 tokens, mixed precision, three epochs of Alpaca at an assumed 110 tokens a row. **Guess** for 7 billion parameters: how many GB of memory, of disk, how many hours?
 
 # %%
 from course_lib.memory import DecoderShape, disk_bytes, training_flops, training_memory
 from course_lib.profiles import model_shape
 
 llama = DecoderShape(80, 8192, 64, 64, 128, 22016, 32000, 2048)
-shapes = {
+models = {
     "SmolLM2-135M": model_shape("HuggingFaceTB/SmolLM2-135M"),
     "7B": model_shape("HuggingFaceH4/zephyr-7b-beta"),
     "65B": llama,
 }
-TERAFLOPS = 100  # sustained on one H100: an assumption, a tenth of its data sheet
-TOKENS = 3 * 52_002 * 110  # three epochs of Alpaca at some 110 tokens a row
-rows_ = {}
-for name, shape in shapes.items():
+TERAFLOPS = 100  # sustained on one H100: an assumption
+TOKENS = 3 * 52_002 * 110
+needs = {}
+for name, shape in models.items():
     held = training_memory(shape, 8, 512, value_bytes=2, on_cpu=False)
-    rows_[name] = {part: size / 1e9 for part, size in vars(held).items() if part != "runtime"}
-    rows_[name]["sum, GB"] = (held.total - held.runtime) / 1e9
-    rows_[name]["disk, GB"] = disk_bytes(shape) / 1e9
-    rows_[name]["GPU hours"] = training_flops(shape, TOKENS, 512) / (TERAFLOPS * 1e12) / 3600
-pd.DataFrame(rows_).round(1)
+    needs[name] = {
+        f"{part}, GB": size / 1e9 for part, size in vars(held).items() if part != "runtime"
+    }
+    needs[name]["sum, GB"] = (held.total - held.runtime) / 1e9
+    needs[name]["disk, GB"] = disk_bytes(shape, checkpoints=2) / 1e9
+    needs[name]["GPU hours"] = training_flops(shape, TOKENS, 512) / (TERAFLOPS * 1e12) / 3600
+pd.DataFrame(needs).round(2)
 
 # %% [markdown]
-# Weights, gradients and Adam alone are 16 bytes a parameter, and 2 more for the 16-bit copies: the slides keep weights and gradients in 16 bits with a 32-bit copy beside them, this course keeps both in 32 bits and copies the matrices as it computes; 16 bytes either way. A 7B model fills an H100 of
-# 80 GB before the first activation. **That is what LoRA and QLoRA are for** (lessons 5 and 6). The disk is no detail: each checkpoint holds weights and moments, 12 bytes a parameter. Hours are an estimate from 6 operations a weight and token at the speed assumed in the cell.
+# Here weights, gradients and Adam's two moments are kept in 32 bits, 16 bytes a parameter, and mixed precision adds a 16-bit copy of the matrices: 18. A table often shown in lectures, after [Rajbhandari et al. (2020)](https://arxiv.org/abs/1910.02054), counts 16 for 65 billion (130 GB each of weights and gradients in 16 bits, 260 each of their 32-bit
+# copy and the two moments), and 10 to 200 GB each for the forward and the backward pass, without saying for which batch: 1,000 to 1,400 in all. Ours lies within; with activation checkpointing it would be less. Either way 7B does not fit into an H100 of 80 GB. **That is what LoRA and QLoRA are for** (lessons 5 and 6).
+#
+# The disk is no detail: a checkpoint holds weights and moments, 12 bytes a parameter; the new one is written before the old one goes; and 2 more are the final model in 16 bits. Activations are counted after [Korthikanti et al. (2022)](https://arxiv.org/abs/2205.05198), hours from 6 operations a weight and token ([Kaplan et al., 2020](https://arxiv.org/abs/2001.08361))
+# and attention's own ([Chowdhery et al., 2022](https://arxiv.org/abs/2204.02311)), at the assumed speed. Nothing in this table was measured on a GPU.
 #
 # ## Experiment: what padding costs
 #
@@ -1066,17 +1141,17 @@ for batching in ("padded", "grouped", "packed"):
     costs.append(
         {
             "batching": batching,
-            "padding": 1 - real_tokens / slots,
+            "padding": f"{1 - real_tokens / slots:.0%}",
             "real tokens a second": round(speed),
         }
     )
 table(pd.DataFrame(costs))
 
 # %% [markdown]
-# The first two columns are exact, the last is one short measurement on whatever machine this is. The less padding, the more real tokens a second; how much more depends on the rows. These are short and much alike. In a set where some rows are ten times as long as others, random batches are mostly padding.
-# (Against TRL's *defaults*, which recompute activations as well, this lesson's recipe read 3.9 times as many real tokens a second, with the same loss afterwards: two shared CPU cores, profile *tiny*, `make bench`.)
+# The share of padding is exact; the speed is one short measurement on whatever machine this is. Less padding is less work; these rows are short and much alike, and what one gains is small. In a set where some rows are ten times as long as others, random batches are mostly padding.
+# Beside TRL's *defaults*, which also compute activations twice, this lesson's recipe learnt from BENCH times as many real tokens a second, with the same loss afterwards (two shared CPU cores, profile *tiny*, `make bench`).
 #
-# But packing puts strangers into one row. **May a conversation read the one that happens to stand before it?** It must not: the model would learn from words that will never be there. Here is how many rows two hundred conversations were packed into, and where, in the row that holds most of them, each begins: there its `position_ids` start again at 0.
+# But packing puts strangers into one row. **May a conversation read the one that happens to stand before it?** It must not: the model would learn from words that will never be there. How many rows were those conversations packed into? And in the row that holds most of them, where does each begin? There its `position_ids` start again at 0.
 
 # %%
 from course_lib.batches import lm_loss, pack, packed_batch
@@ -1107,8 +1182,7 @@ with torch.no_grad():
 }
 
 # %% [markdown]
-# The largest difference of a logit. Without mask **and** without cache, transformers reads from the position ids that several texts share the row, and keeps them apart exactly. With either, it does not ask, and every conversation reads those before it: no error, a slightly lower loss, a model that learnt
-# from noise. (FlashAttention's variable-length kernels go by the positions, too.) So the recipe refuses such a batch:
+# The largest difference of a logit. Without mask **and** without cache, transformers reads from the position ids that several texts share the row, and keeps them apart exactly. With either, it does not ask, and every conversation reads those before it, without any error. So the recipe refuses such a batch:
 
 # %%
 try:
@@ -1119,8 +1193,8 @@ except CourseError as error:
 # %% [markdown]
 # ### Exercise 4.8: think about it (*open*)
 #
-# *3 points · 10 minutes.* A friend fine-tuned a 7B model overnight on 20,000 support conversations. The loss fell from 1.9 to 0.4, no error was logged, and in the morning the model answers every question with two paragraphs, a new user question, and an answer to that. Which three things would you look at
-# first, what would each look like if it were the cause, and which check of the dry run would have told? And is the loss of 0.4 good news? Six to ten sentences.
+# *3 points · 10 minutes.* A friend fine-tuned a 7B model overnight on 20,000 support conversations. The loss fell from 1.9 to 0.4, no error was logged, and in the morning the model answers every question with two paragraphs, a new user question, and an answer to that. Name three possible
+# causes, one line each: what you would look at, what it would look like, and what in the dry run would have told, if anything. Then: is the loss of 0.4 good news?
 
 # %%
 # Exercise 4.8
@@ -1129,8 +1203,8 @@ answer = """
 First I would look at one row's labels, token by token: if the end-of-turn token after the replies
 has the label -100, the model never saw that a reply ends; the dry run's question about the end of
 each turn would have said so, with 0 of so many stretches. Second, whether the users' words are
-learnt as well: if all labels equal the ids, the model has learnt to write questions, and the share
-of learnt tokens in the dry run would have been 100 %. Third, what a rendered conversation looks
+learnt as well: then the model has learnt to write questions, and the dry run would have found
+learnt stretches that are no replies. Third, what a rendered conversation looks
 like and where generate stops: if the template closes turns with another token than the one in
 eos_token_id, the model may well write its end and is not heard; I would look at the raw ids of one
 reply. The loss of 0.4 alone says little: with the user's words and the template's marks in it, it
@@ -1151,9 +1225,9 @@ open_question("4.8", answer, points=3)
 # - SFT is next-token training on conversations, with the loss on the assistant's tokens only. The token that closes the reply is one of them, or the model never learns to stop.
 # - Data come as messages, prompt and completion, or instruction, input and output; read them with a validator, drop duplicates, hold some out.
 # - The loop is a dozen lines; `SFTTrainer` gives the same losses and adds checkpoints, schedules and many GPUs.
-# - A dry run of five steps must prove that weights changed, the loss fell, the mask is right and training resumes. *No error* proves nothing.
-# - Fine-tuning taught this model to say what pre-training had taught it to know: from random weights the same training gives form without facts.
-# - Full fine-tuning takes 16 bytes a parameter before activations. Packing saves time and is exact only without attention mask and cache.
+# - A dry run of five steps must prove that weights changed, the loss fell, the labels are the replies and training resumes. *No error* proves nothing.
+# - Fine-tuning taught this model to say what pre-training had taught it to know: from random weights, the same training answers nothing rightly.
+# - Full fine-tuning in mixed precision takes 16 to 18 bytes a parameter before activations. Packing saves time and is exact only without attention mask and cache.
 
 # %%
 from course_lib.checks import report
@@ -1166,16 +1240,24 @@ report()
 # - **Look at a row before you train on a million.** `mask_view` of three random rows finds most accidents.
 # - **On a T4** use float16, not bfloat16: `torch.cuda.is_bf16_supported()` says yes and means *emulated*; TRL turns bfloat16 on unless told otherwise. This course's `sft_trainer` asks the device. TRL also casts the adapters of a quantised model to bfloat16, which a GradScaler refuses; `sft_trainer` casts them back.
 # - **Defaults that surprise:** TRL's `SFTConfig` trains at a rate of 2e-5, recomputes activations (`gradient_checkpointing`), and its `assistant_only_loss=True` raises an error for Zephyr's template. Here rows come with labels, made by `chat.encode`.
+# - **Old recipes.** Much code for fine-tuning on Alpaca with `Trainer` no longer runs as printed (`torch_dtype`, `tokenizer=`, `evaluation_strategy` are gone), and with `DataCollatorForLanguageModeling` it trains on the instruction as well as on the reply.
+# - **Accelerate's loop** is the loop by hand with three changes: `accelerator.prepare(model, optimizer, loader)`, `accelerator.backward(loss)`, and no `.to(device)`. `SFTTrainer` stands on it.
+# - **Qwen2.5-7B on *full*** needs some 135 GB for full fine-tuning in this recipe (predicted): on a GPU of 40 or 80 GB the plan says so and takes SmolLM2-135M.
 # - **An interrupted run** leaves whole checkpoints only: `trainer.train(resume_from_checkpoint=last_checkpoint(folder))`.
 # - **The learning rates** on *colab* and *full* are common ones for models of that size, not measured for this lesson; those on *tiny* were chosen on facts that no question here asks about.
 #
 # ## References
 #
+# - Chowdhery, A. et al. (2022). PaLM: Scaling Language Modeling with Pathways. [arXiv:2204.02311](https://arxiv.org/abs/2204.02311)
+# - Kaplan, J. et al. (2020). Scaling Laws for Neural Language Models. [arXiv:2001.08361](https://arxiv.org/abs/2001.08361)
+# - Korthikanti, V. et al. (2022). Reducing Activation Recomputation in Large Transformer Models. [arXiv:2205.05198](https://arxiv.org/abs/2205.05198)
 # - Lin, C.-Y. (2004). ROUGE: A Package for Automatic Evaluation of Summaries. [ACL Anthology W04-1013](https://aclanthology.org/W04-1013/)
 # - Papineni, K. et al. (2002). BLEU: a Method for Automatic Evaluation of Machine Translation. [ACL Anthology P02-1040](https://aclanthology.org/P02-1040/)
+# - Post, M. (2018). A Call for Clarity in Reporting BLEU Scores. [arXiv:1804.08771](https://arxiv.org/abs/1804.08771)
 # - Rajbhandari, S. et al. (2020). ZeRO: Memory Optimizations Toward Training Trillion Parameter Models. [arXiv:1910.02054](https://arxiv.org/abs/1910.02054)
 # - Taori, R. et al. (2023). Stanford Alpaca: An Instruction-following LLaMA model. [GitHub](https://github.com/tatsu-lab/stanford_alpaca)
 # - Touvron, H. et al. (2023). LLaMA: Open and Efficient Foundation Language Models. [arXiv:2302.13971](https://arxiv.org/abs/2302.13971)
+# - Tunstall, L. et al. (2023). Zephyr: Direct Distillation of LM Alignment. [arXiv:2310.16944](https://arxiv.org/abs/2310.16944)
 # - Wei, J. et al. (2022). Finetuned Language Models Are Zero-Shot Learners. [arXiv:2109.01652](https://arxiv.org/abs/2109.01652): instruction tuning, and that it helps large models on unseen tasks
 # - Models and data: mini-zephyr and the conversations, made for this course (`data/models/mini-zephyr/README.md`, Apache-2.0; `data/conversations`, CC0); [HuggingFaceTB/SmolLM2-135M](https://huggingface.co/HuggingFaceTB/SmolLM2-135M) and [Qwen/Qwen2.5-7B](https://huggingface.co/Qwen/Qwen2.5-7B) (Apache-2.0);
 #   [tatsu-lab/alpaca](https://huggingface.co/datasets/tatsu-lab/alpaca) (CC BY-NC 4.0)
@@ -1184,20 +1266,23 @@ report()
 #
 # ### The same run without code
 #
-# [LLaMA-Factory](https://github.com/hiyouga/LLaMA-Factory) and [Axolotl](https://github.com/axolotl-ai-cloud/axolotl) take a run from a YAML file. You know now what each line of it does. Here is this lesson's run for both (neither tool is installed here).
+# [LLaMA-Factory](https://github.com/hiyouga/LLaMA-Factory) and [Axolotl](https://github.com/axolotl-ai-cloud/axolotl) take a run from a YAML file. You know now what each line of it does. Here is this lesson's run, with packed rows as its batch (neither tool is installed here).
 
 # %%
 from course_lib.conversations import write_conversations
+from course_lib.models import save_model
+from course_lib.profiles import model_folder
 from course_lib.recipes import check_recipe, write_recipe
 
 data_path = write_conversations(folder / "train.jsonl", conversations)
+bundled = model_folder(plan.model)  # a miniature has no Hub id that the tools could fetch
 run = {
-    "model": plan.model,
+    "model": save_model(untouched, tokenizer, folder / "start") if bundled else plan.model,
     "data": data_path,
     "output_dir": folder / "tool_run",
     "lr": plan.lr,
     "epochs": plan.epochs,
-    "batch_size": plan.batch_size,
+    "batch_size": packed_rows_a_step,
     "accumulation": plan.accumulation,
     "max_length": plan.max_length,
     "warmup": plan.warmup,
@@ -1206,14 +1291,12 @@ run = {
 factory = write_recipe("llama-factory", folder, **run)
 print(factory.read_text())
 
-# %%
-axolotl = write_recipe("axolotl", folder, **run)
-print(axolotl.read_text())
-
 # %% [markdown]
+# Axolotl's says the same in its own words; the file will stand beside the other.
 # A mistyped key is the commonest fault in such files, and the tools treat it differently: LLaMA-Factory stops, Axolotl trains on without it. `check_recipe` compares with the keys that the published packages have. **Three keys are wrong here:**
 
 # %%
+axolotl = write_recipe("axolotl", folder, **run)
 wrong = (
     axolotl.read_text()
     .replace("sequence_len:", "sequence_length:")
@@ -1233,7 +1316,7 @@ except CourseError as error:
 #
 # A notebook holds one process. `lessons/week06/scripts/sft.py` is this lesson's training as a script, for one process or many; `accelerate launch` starts one for each GPU (with `--multi_gpu` also two on a CPU, by the *gloo* backend):
 #
-#     python lessons/week06/scripts/sft.py --steps 10
-#     accelerate launch --multi_gpu --num_processes 2 lessons/week06/scripts/sft.py --steps 10
+#     python lessons/week06/scripts/sft.py --steps 10 --out runs/one
+#     accelerate launch --multi_gpu --num_processes 2 lessons/week06/scripts/sft.py --steps 10 --out runs/two
 #
 # Each process reads its share of every batch and gradients are averaged, so at an equal *global* batch the losses must be the same; over ten steps they are, within 0.0001 (a test of this course runs both, in 32 bits on a CPU). Beyond that, the model itself is split: FSDP and DeepSpeed, both behind the same launcher.
