@@ -1012,7 +1012,7 @@ if stored and plan.model == "mini-zephyr":
     display(table(pd.DataFrame(runs)))
 
 # %% [markdown]
-# RANDOM_SENTENCE
+# From random weights most replies are sentences, too, of the right form and about anybody; their loss says that not even the training conversations were learnt in so few steps. **Fine-tuning taught the pretrained model how to say it; what to say, it knew.**
 #
 # ### Exercise 4.7: perplexity from losses
 #
@@ -1149,7 +1149,7 @@ table(pd.DataFrame(costs))
 
 # %% [markdown]
 # The share of padding is exact; the speed is one short measurement on whatever machine this is. Less padding is less work; these rows are short and much alike, and what one gains is small. In a set where some rows are ten times as long as others, random batches are mostly padding.
-# Beside TRL's *defaults*, which also compute activations twice, this lesson's recipe learnt from BENCH times as many real tokens a second, with the same loss afterwards (two shared CPU cores, profile *tiny*, `make bench`).
+# Beside TRL's *defaults*, which also compute activations twice, this lesson's recipe learnt from 3.9 times as many real tokens a second, with the same loss afterwards (two shared CPU cores, profile *tiny*, `make bench`).
 #
 # But packing puts strangers into one row. **May a conversation read the one that happens to stand before it?** It must not: the model would learn from words that will never be there. How many rows were those conversations packed into? And in the row that holds most of them, where does each begin? There its `position_ids` start again at 0.
 
