@@ -35,7 +35,7 @@ class DryRun:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            f"<tr><td style='color:{'#007a5a' if passed else '#b03a00'}'><b>{'&#10003; yes' if passed else '&#10007; no'}</b></td>"
+            f"<tr><td style='white-space:nowrap;color:{'#007a5a' if passed else '#b03a00'}'><b>{'&#10003; yes' if passed else '&#10007; no'}</b></td>"
             f"<td style='text-align:left'>{html.escape(question)}</td><td style='text-align:left'>{html.escape(seen)}</td></tr>"
             for question, passed, seen in self.checks
         )
@@ -93,8 +93,8 @@ def dry_run(plan, model, tokenizer, rows, folder: str | Path, *, steps: int = 5,
             (
                 "Are the replies learnt, and the rest not?",
                 0 < mask.learnt < mask.total and mask.opened == mask.stretches == mask.marks,
-                f"{mask.learnt / mask.total:.0%} of {len(rows)} rows' tokens are learnt; of {mask.stretches} learnt "
-                f"stretches {mask.opened} are replies, of {mask.marks}",
+                f"{mask.learnt / mask.total:.0%} of {len(rows)} rows' tokens are learnt: {mask.stretches} stretches, "
+                f"{mask.opened} of them replies, of {mask.marks}",
             ),
             (
                 "Is the end of each turn learnt?",

@@ -86,7 +86,9 @@ def test_the_verdict_counts_what_stands_in_the_rows(plan, model, tokenizer, rows
     learnt = sum(label != IGNORED for row in used for label in row["labels"])
     share = learnt / sum(len(row["labels"]) for row in used)
     stretches = sum(label == tokenizer.eos_token_id for row in used for label in row["labels"])
-    told = f"{share:.0%} of 40 rows' tokens are learnt; of {stretches} learnt stretches {stretches} are replies, of {stretches}"
+    told = (
+        f"{share:.0%} of 40 rows' tokens are learnt: {stretches} stretches, {stretches} of them replies, of {stretches}"
+    )
     assert seen(verdict, "mask") == told
     replies = sum(label == tokenizer.eos_token_id for row in used for label in row["labels"])
     assert seen(verdict, "end") == f"{replies} of {replies} learnt stretches end in </s>"
