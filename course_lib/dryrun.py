@@ -34,8 +34,9 @@ class DryRun:
         return "\n".join(f"{'yes' if passed else 'NO '} {question} {seen}" for question, passed, seen in self.checks)
 
     def _repr_html_(self) -> str:
+        marks = {True: ("#007a5a", "&#10003; yes"), False: ("#b03a00", "&#10007; no")}
         rows = "".join(
-            f"<tr><td style='white-space:nowrap;color:{'#007a5a' if passed else '#b03a00'}'><b>{'&#10003; yes' if passed else '&#10007; no'}</b></td>"
+            f"<tr><td style='white-space:nowrap;color:{marks[passed][0]}'><b>{marks[passed][1]}</b></td>"
             f"<td style='text-align:left'>{html.escape(question)}</td><td style='text-align:left'>{html.escape(seen)}</td></tr>"
             for question, passed, seen in self.checks
         )
