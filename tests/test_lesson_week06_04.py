@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 from conftest import MACHINES, ROOT
-from exercises import LessonTests, definitions
+from exercises import LessonTests, definitions, run_lesson, values_of
 
 from course_lib.chat import encode, load_template, render, tokens_of
 from course_lib.conversations import read_conversations
@@ -243,6 +243,20 @@ def test_two_processes_and_one_give_the_same_losses_at_an_equal_global_batch(tmp
     assert len(told["one"]["losses"]) == 10
     assert torch.tensor(told["one"]["losses"]).allclose(torch.tensor(told["two"]["losses"]), rtol=0, atol=1e-4)
     assert (tmp_path / "two" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("notebooks")
+def test_the_notebook_learns_from_a_file_that_one_names_and_tells_what_it_refused(tmp_path):
+    lines = (ROOT / "data" / "conversations" / "indirect.jsonl").read_text(encoding="utf-8").splitlines()[:30]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join([*lines, '{"prompt": "Who?", "completion": ""}']) + "\n", encoding="utf-8")
+    run_lesson(LESSON, tmp_path / "out", "--param", f"DATA={path}")
+    (notebook,) = (tmp_path / "out").rglob("*.ipynb")
+    text = notebook.read_text(encoding="utf-8")
+    assert "own.jsonl: 30 kept (0 repaired), 1 refused" in text
+    assert "message 2: empty reply" in text
+    assert values_of(notebook)["before"] == 0
 
 
 def test_the_script_says_what_does_not_fit(tmp_path):

@@ -400,6 +400,8 @@ from course_lib.conversations import deduplicate, split
 
 source = load_conversations(plan, DATA, tokenizer)
 print(source)
+if source.refused:
+    display(table(source.faults().head(10)))
 source_rows = source.messages if DATA else source.messages[: plan.train_rows + plan.validation_rows]
 kept, dropped = deduplicate(source_rows)
 train_part, validation_part = split(kept, max(1, min(plan.validation_rows, len(kept) // 5)))
