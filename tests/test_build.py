@@ -123,6 +123,24 @@ def test_badge_navigation_and_set_up_are_put_in_with_the_courses_address(course)
     compile(setup, "setup", "exec")
 
 
+def test_where_the_course_is_not_installed_set_up_fetches_only_the_packages_that_lack(course, tmp_path, monkeypatch):
+    course(HEAD + EXERCISE + CHECK + PROBE)
+    cells = json.loads((course.root / "notebooks/week01/01_x.ipynb").read_text())["cells"]
+    setup = next("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    project = '[project]\ndependencies = ["torch>=2.11", "rouge-score>=0.1", "surely-not-there>=1,<2"]\n'
+    (tmp_path / "here" / "course_lib").mkdir(parents=True)
+    (tmp_path / "here" / "pyproject.toml").write_text(project)
+    (tmp_path / "here" / "notebooks").mkdir()
+    monkeypatch.chdir(tmp_path / "here" / "notebooks")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    ran = []
+    monkeypatch.setattr("subprocess.run", lambda command, check: ran.append(command))
+    exec(compile(setup, "setup", "exec"), {})
+    assert ran == [[sys.executable, "-m", "pip", "install", "--quiet", "surely-not-there>=1,<2"]]
+    assert sys.path[0] == str((tmp_path / "here").resolve())
+
+
 def test_next_and_previous_lead_to_the_neighbours():
     first, second = (Lesson(f"week0{n}/0{n}_x", "v", (Cell("markdown", f"# Title {n}", ()),)) for n in (1, 2))
     assert "next: [Title 2](../week02/02_x.ipynb)" in build._navigation(first, [first, second], False)

@@ -35,10 +35,13 @@ from tools.lessons import (
 )
 
 SETUP = """\
-# Set-up: finds the course, or fetches it where there is none (Colab). Safe to run again.
+# Set-up: finds the course, or fetches it and what it lacks where there is none (Colab). Safe to run again.
 import importlib.util
+import re
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 REPOSITORY = "{repository}"
@@ -48,6 +51,10 @@ if importlib.util.find_spec("course_lib") is None:
     if not (course / "course_lib").is_dir():
         subprocess.run(["git", "clone", "--quiet", "--depth", "1", REPOSITORY, str(course)], check=True)
     sys.path.insert(0, str(course))
+    wanted = tomllib.loads((course / "pyproject.toml").read_text(encoding="utf-8"))["project"]["dependencies"]
+    there = {{found.name.lower().replace("_", "-") for found in distributions()}}
+    if missing := [line for line in wanted if re.match(r"[\\w-]+", line)[0] not in there]:
+        subprocess.run([sys.executable, "-m", "pip", "install", "--quiet", *missing], check=True)
 
 from course_lib import checks
 
