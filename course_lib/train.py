@@ -146,7 +146,9 @@ class _Collator:
 
 
 def _trainer_class():
-    """Return SFTTrainer with two changes: on one CPU logits for learnt tokens only, and no half-written checkpoint."""
+    """Return SFTTrainer with three changes: on one CPU logits for learnt tokens only, no half-written checkpoint, and a
+    model that computes in its own precision again once training is over.
+    """
     from trl import SFTTrainer
 
     class CourseSFTTrainer(SFTTrainer):

@@ -61,7 +61,7 @@ plan
 
 # %% [markdown]
 # On *tiny* the model is **mini-zephyr**: 2.7 million parameters, pretrained on text about an invented country, the
-# [Lantern Isles](https://github.com/finetuning-workbook/finetuning-workbook/blob/main/data/world.md). A base model has no chat template of its own; we give it Zephyr's (lesson 2), which closes each turn with the tokenizer's end-of-text token.
+# [Lantern Isles](https://github.com/finetuning-workbook/finetuning-workbook/blob/main/data/world.md). Base models seldom have a chat template to rely on; we give it Zephyr's (lesson 2), which closes each turn with the tokenizer's end-of-text token.
 
 # %%
 tokenizer, model = load_tokenizer(plan), load_causal_lm(plan)
@@ -420,7 +420,7 @@ show_chat(conversations[0])
 # %% [markdown]
 # ## 3. What is learnt, and what is only read
 #
-# A conversation is one string of tokens (lesson 2). Train on all of it, and the model also learns to write questions. Instruction tuning leaves them out: for a prompt $x$ and a reply $y$ the loss counts the reply's tokens only ([Wei et al., 2022](https://arxiv.org/abs/2109.01652) began the practice of tuning on instructions),
+# A conversation is one string of tokens (lesson 2). Train on all of it, and the model also learns to write questions. Instruction tuning leaves them out: for a prompt $x$ and a reply $y$ the loss counts the reply's tokens only ([Wei et al., 2022](https://arxiv.org/abs/2109.01652) gave instruction tuning its name),
 #
 # $$ L = -\frac{1}{|y|} \sum_{t=1}^{|y|} \log p_\theta(y_t \mid x, y_{<t}) $$
 #
@@ -800,7 +800,7 @@ dry_run(plan, model, tokenizer, rows, folder, learning_rate=100 * plan.lr)
 #
 # ## 6. The real run
 #
-# The same call with all steps. Rows are **packed**: several conversations share a row, so that hardly any padding is computed (the *Experiment* below measures what that saves). A checkpoint is written after every epoch; if the run is interrupted, `last_checkpoint` finds the newest
+# The same trainer as in the dry run, with all rows and steps. Rows are **packed**: several conversations share a row, so that hardly any padding is computed (the *Experiment* below measures what that saves). A checkpoint is written after every epoch; if the run is interrupted, `last_checkpoint` finds the newest
 # whole one, and `resume_from_checkpoint` goes on from it.
 
 # %%
