@@ -67,6 +67,17 @@ def exact_match(replies: list[str], answers: list[str]) -> float:
     return sum(normalise(reply) == normalise(answer) for reply, answer in pairs) / len(pairs)
 
 
+def share_right(replies: list[str], questions: list[dict]) -> float:
+    """Return the share of right replies to `data.load_questions`' questions. (Week 6, lesson 4.)
+
+    Right is the whole sentence where a question fixes one ("answer"), else the right word in the reply ("value").
+    """
+    if "answer" in questions[0]:
+        return exact_match(replies, [item["answer"] for item in questions])
+    found = [normalise(item["value"]) in normalise(text) for text, item in zip(replies, questions, strict=True)]
+    return sum(found) / len(found)
+
+
 def load_metric(name: str):
     """Return "rouge_l" or "bleu" as an `evaluate.Metric`, without the download that evaluate.load makes. (Week 6, lesson 4.)
 

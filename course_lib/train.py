@@ -118,10 +118,10 @@ def sft_trainer(
         data_collator=_Collator(collate, pad_id),
         processing_class=tokenizer,
     )
-    if trainer.args.fp16:  # TRL casts a quantised model's adapters to bfloat16, which the GradScaler refuses
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
+    # TRL casts a quantised model's adapters to bfloat16: too coarse for small updates, and refused by float16's GradScaler.
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     _keep_quiet(trainer)
     return trainer
 
