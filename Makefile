@@ -20,9 +20,10 @@ lint: .venv/.ready           ## style, and whether notebooks and lessons agree
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m tools.build --check
 
-bench: .venv/.ready          ## what tools.run costs over bare nbclient; the lessons' training against TRL's defaults
+bench: .venv/.ready          ## tools.run against bare nbclient; training against TRL's defaults; loading against from_pretrained
 	$(BIN)/python -m tools.bench
 	$(BIN)/python -m tools.bench_training
+	$(BIN)/python -m tools.bench_loading
 
 evidence: .venv/.ready       ## compute the lessons' stored many-seed results again (an hour on two cores)
 	for script in lessons/week*/evidence/*.py; do $(BIN)/python $$script || exit 1; done

@@ -11,9 +11,12 @@ import sys
 import tempfile
 from pathlib import Path
 
-from course_lib.errors import ModelError, explain_errors
+from course_lib.errors import ModelError, ProfileError, explain_errors
 from course_lib.hardware import set_seed
+from course_lib.loading import keep_packing, placement, read_causal_lm
 from course_lib.profiles import Plan, adapter_base, model_folder
+
+METHODS = ("", "full", "lora", "qlora")
 
 
 def load_tokenizer(plan: Plan, model: str = ""):
@@ -80,48 +83,67 @@ def load_masked_lm(plan: Plan):
         return model.to(plan.hardware.kind).eval()
 
 
-def load_causal_lm(plan: Plan, model: str = "", *, pretrained: bool = True, seed: int = 0):
+def load_causal_lm(plan: Plan, model: str = "", *, method: str = "", pretrained: bool = True, seed: int = 0):
     """Return the plan's model, or another one, to write or to be trained: on the device, in its plan's dtype or NF4. (Week 6, lesson 2.)
 
-    A plan for training (kind "sft") gets float32 weights, for an update is often too small for 16 bits. A folder with an
-    adapter is loaded onto its base and merged into it. NF4 is for the plan's own model only. With ``pretrained=False``
-    all weights are random by ``seed``: the same architecture, nothing learnt. Raises ModelError where the checkpoint is
-    not a decoder, HubError where it cannot be fetched.
+    A plan for training (kind "sft") gets float32 weights, for an update is often too small for 16 bits. ``method`` says
+    how it is to be trained: "full" for such weights, "lora" for a frozen base in the plan's dtype to put adapters on,
+    "qlora" for a frozen base in NF4 with double quantisation. A folder with an adapter is loaded onto its base and
+    merged into it. A chat plan's NF4 is for its own model only. With ``pretrained=False`` all weights are random by
+    ``seed``: the same architecture, nothing learnt. Weights are read and quantised one tensor at a time, in little more
+    memory than the model keeps. Raises ProfileError for an unknown method, HubError where the checkpoint cannot be
+    fetched, ModelError where it is not a decoder, does not fit its config, or cannot be had for the method.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    name = model or plan.model
+    name, kind = model or plan.model, plan.hardware.kind
     folder = model_folder(name)
     adapter = folder if folder and adapter_base(folder) else None
     where = _where(adapter_base(folder) if adapter else name)
-    trained = plan.settings.get("kind") == "sft"
-    options = {"dtype": torch.float32 if trained else plan.dtype}
-    if trained and plan.hardware.kind == "cpu" and plan.dtype == torch.bfloat16:
+    _check_method(method, plan, adapter)
+    trained = bool(method) or plan.settings.get("kind") == "sft"
+    frozen = method in ("lora", "qlora")
+    options = {"dtype": torch.float32 if trained and not frozen else plan.dtype}
+    if trained and kind == "cpu" and plan.dtype == torch.bfloat16:
         options["attn_implementation"] = "eager"  # faster than sdpa there, as for the classifier
-    if plan.settings.get("precision") == "nf4" and name == plan.model:
-        options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=plan.dtype,
-        )
-        options["device_map"] = {"": plan.hardware.kind}
+    nf4 = method == "qlora" or (not method and plan.settings.get("precision") == "nf4" and name == plan.model)
     with explain_errors(name, hub=True):
         config = AutoConfig.from_pretrained(where)
         if not any("CausalLM" in architecture for architecture in config.architectures or ()):
             raise ModelError(
                 f"{name} is a {config.model_type!r} model that cannot write text; set MODEL to a chat model"
             )
+        weights = None
         if not pretrained:
             set_seed(seed)
-            return AutoModelForCausalLM.from_config(config, **options).to(plan.hardware.kind).eval()
-        loaded = AutoModelForCausalLM.from_pretrained(where, **options)
-        if adapter:
+            loaded = AutoModelForCausalLM.from_config(config, **options)
+            weights = loaded.state_dict()
+        if pretrained or nf4:
+            loaded = read_causal_lm(where, config, options | placement(kind, nf4, plan.dtype), weights)
+        if adapter and pretrained:
             from peft import PeftModel
 
             loaded = PeftModel.from_pretrained(loaded, str(adapter)).merge_and_unload()
-        return loaded.to(plan.hardware.kind).eval() if "device_map" not in options else loaded.eval()
+        if trained:
+            keep_packing(loaded)
+        if frozen or (adapter and trained and not nf4):  # peft froze what it merged
+            loaded.requires_grad_(not frozen)
+        return loaded.eval() if nf4 else loaded.to(kind).eval()
+
+
+def _check_method(method: str, plan: Plan, adapter: Path | None) -> None:
+    if method not in METHODS:
+        raise ProfileError(
+            f"unknown method {method!r}; choose one of {', '.join(METHODS[1:])}, or '' for the plan's own"
+        )
+    if adapter and method in ("lora", "qlora"):
+        raise ModelError(
+            f"{adapter} is an adapter, which cannot be merged into a base that new adapters are to be trained on: load "
+            f"{adapter_base(adapter)!r} with method={method!r} and put it on with peft.PeftModel.from_pretrained(base, folder)"
+        )
+    if method == "qlora" and (plan.hardware.kind == "mps" or not plan.hardware.bitsandbytes):
+        raise ModelError("method 'qlora' needs bitsandbytes, which is not there for this device; set method='lora'")
 
 
 def _where(model: str) -> str:

@@ -78,6 +78,26 @@ def test_a_sound_run_of_the_miniature_passes_and_leaves_its_weights_as_they_were
     assert seen(verdict, "applied") == "5 of 5" and seen(verdict, "changed") == "47 of 47 tensors"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_sound_run_of_adapters_on_an_nf4_base_passes_and_leaves_all_weights_as_they_were(
+    dtype, tokenizer, rows, tmp_path
+):
+    from peft import LoraConfig, get_peft_model
+
+    plan = replace(make_plan(LESSON, "tiny", hardware=MACHINES["laptop"], batch_size=8, lr=2e-3), dtype=dtype)
+    torch.manual_seed(0)
+    model = models.load_causal_lm(plan, method="qlora")
+    layers = LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, layers)
+    before = weights(model)
+    assert sum(weight.dtype == torch.uint8 for weight in before.values()) == 7 * 5
+    verdict = dry_run(plan, model, tokenizer, rows, tmp_path / "dry")  # its first look at the loss is in eval mode
+    verdict.require()
+    assert seen(verdict, "applied") == "5 of 5" and seen(verdict, "changed") == "70 of 70 tensors"
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+
+
 def test_the_verdict_counts_what_stands_in_the_rows(plan, model, tokenizer, rows, tmp_path):
     verdict = dry_run(plan, model, tokenizer, rows, tmp_path / "dry")
     order = sorted(range(len(rows)), key=lambda number: -len(rows[number]["input_ids"]))[:8]
