@@ -6,7 +6,6 @@ The settings stand in profiles.toml beside this file.
 from __future__ import annotations
 
 import html
-import json
 import os
 import shutil
 import tomllib
@@ -17,21 +16,15 @@ from typing import Any
 
 from course_lib.errors import ProfileError
 from course_lib.hardware import GIB, Hardware, detect, pick_dtype
-from course_lib.memory import (
-    DecoderShape,
-    EncoderShape,
-    GenerationMemory,
-    TrainingMemory,
-    kv_cache_bytes,
-    runtime_bytes,
-    training_memory,
-)
+from course_lib.memory import GenerationMemory, TrainingMemory, generation_memory, training_memory
+from course_lib.shapes import DATA as DATA
+from course_lib.shapes import DecoderShape, EncoderShape, model_folder, model_shape
+from course_lib.shapes import adapter_base as adapter_base
 
 PROFILES = ("tiny", "colab", "full")
-DATA = Path(os.environ.get("COURSE_DATA", Path(__file__).resolve().parent.parent / "data"))
-
-
 WORDS = {"optimizer": "Adam", "kv_cache": "keys and values", "runtime": "libraries"}
+METHODS = {"full": "full", "lora": "LoRA", "qlora": "QLoRA"}
+METHOD_WORDS = {"full": "full tuning", "lora": "LoRA", "qlora": "QLoRA"}
 
 
 @cache
@@ -102,16 +95,20 @@ class Plan:
 
     def rows(self) -> list[tuple[str, str]]:
         """Return the plan as (what, value) pairs."""
-        hardware, needed = self.hardware, self.needed
-        parts = ", ".join(f"{WORDS.get(name, name)} {size / GIB:.2f}" for name, size in vars(needed).items())
+        hardware = self.hardware
         return [
             ("profile", f"{self.profile}: {self.profile_why}"),
             ("device", f"{hardware.name}, {hardware.memory_bytes / GIB:.0f} GiB"),
             ("dtype", f"{str(self.dtype).removeprefix('torch.')}: {self.dtype_why}"),
             *self._work(),
-            ("memory", f"{needed.total / GIB:.1f} GiB needed of {hardware.free_bytes / GIB:.1f} GiB free ({parts})"),
+            ("memory", self._memory()),
             ("given up", "; ".join(self.given_up) or "nothing"),
         ]
+
+    def _memory(self) -> str:
+        held = {name: size for name, size in vars(self.needed).items() if size or name != "adapters"}
+        parts = ", ".join(f"{WORDS.get(name, name)} {size / GIB:.2f}" for name, size in held.items())
+        return f"{self.needed.total / GIB:.1f} GiB needed of {self.hardware.free_bytes / GIB:.1f} GiB free ({parts})"
 
     def _work(self) -> list[tuple[str, str]]:
         return [
@@ -174,26 +171,75 @@ def make_plan(
 
 def _plan_training(lesson, profile, why, model, hardware, settings, changes) -> Plan:
     dtype, dtype_why = pick_dtype(hardware)
-    given_up: list[str] = []
     shape = _settle(model, settings, changes)
-    batch_size, needed = _largest_batch(shape, settings, hardware, dtype)
-    if needed.total > hardware.free_bytes and model != settings["smaller_model"]:
+    methods, given_up = _methods_that_fit(model, shape, settings, hardware, dtype)
+    if not methods and model != settings["smaller_model"]:
         smaller = settings["smaller_model"]
-        given_up.append(f"{model}, which needs {needed.total / GIB:.1f} GiB even at batch size 1: {smaller} instead")
+        least = min(_needed(shape, 1, settings, hardware, dtype, method).total for method in _asked(settings, hardware))
+        given_up = [f"{model}, which needs {least / GIB:.1f} GiB even at batch size 1: {smaller} instead"]
         model, shape = smaller, _settle(smaller, settings, changes)
-        batch_size, needed = _largest_batch(shape, settings, hardware, dtype)
+        methods, more = _methods_that_fit(model, shape, settings, hardware, dtype)
+        given_up += more
+    fits = bool(methods)
+    if not fits:
+        least = min(
+            _asked(settings, hardware), key=lambda name: _needed(shape, 1, settings, hardware, dtype, name).total
+        )
+        methods, given_up = [least], given_up[:1] if model == settings["smaller_model"] != settings["model"] else []
+    batch_size, memory = _largest_batch(shape, settings, hardware, dtype, methods)
+    needed = max(memory.values(), key=lambda each: each.total)
     accumulation = settings["batch_size"] // batch_size
-    if needed.total > hardware.free_bytes:
+    if not fits:
         given_up.append(_nothing_fits(needed))
     elif accumulation > 1:
         given_up.append(
             f"batch size {settings['batch_size']}: {batch_size} fits, {accumulation} are accumulated for each step"
         )
     settings["batch_size"] = batch_size
-    task, kind = settings.get("task", "sft"), SFTPlan if settings.get("kind") == "sft" else Plan
-    return kind(
-        lesson, profile, why, task, model, hardware, dtype, dtype_why, settings, shape, needed, accumulation, given_up
+    task, plan = settings.get("task", "sft"), Plan
+    extra = {}
+    if settings.get("kind") == "sft":
+        plan, extra = SFTPlan, {"method_memory": memory}
+        settings["methods"] = methods
+    return plan(
+        lesson,
+        profile,
+        why,
+        task,
+        model,
+        hardware,
+        dtype,
+        dtype_why,
+        settings,
+        shape,
+        needed,
+        accumulation,
+        given_up,
+        **extra,
     )
+
+
+def _asked(settings, hardware) -> list[str]:
+    """Return the methods that a lesson asks for and this device has; full tuning where a lesson names none."""
+    can_nf4 = hardware.bitsandbytes and hardware.kind != "mps"
+    methods = [method for method in settings.get("methods", ["full"]) if method != "qlora" or can_nf4]
+    return methods or ["full"]
+
+
+def _methods_that_fit(model, shape, settings, hardware, dtype) -> tuple[list[str], list[str]]:
+    """Return the methods that fit at batch size 1, and what to say of those that are given up."""
+    asked, methods, given_up = _asked(settings, hardware), [], []
+    if "qlora" in settings.get("methods", []) and "qlora" not in asked:
+        given_up.append("QLoRA: bitsandbytes is not there for this device")
+    for method in asked:
+        needed = _needed(shape, 1, settings, hardware, dtype, method)
+        if needed.total <= hardware.free_bytes:
+            methods.append(method)
+        else:
+            given_up.append(
+                f"{METHOD_WORDS[method]} of {model}, which needs {needed.total / GIB:.1f} GiB: planned only"
+            )
+    return methods, given_up
 
 
 def _nothing_fits(needed) -> str:
@@ -202,11 +248,23 @@ def _nothing_fits(needed) -> str:
 
 @dataclass(frozen=True, repr=False)
 class SFTPlan(Plan):
-    """A plan for teaching a decoder by conversations: all its weights, float32."""
+    """A plan for teaching a decoder by conversations: all its weights, float32, or adapters on them.
+
+    ``methods`` are those of the lesson's that fit here, ``method_memory`` what each needs; ``needed`` is the hungriest's.
+    """
+
+    method_memory: dict[str, TrainingMemory] = field(default_factory=dict)
+
+    def _memory(self) -> str:
+        if len(self.method_memory) < 2:
+            return super()._memory()
+        needed = ", ".join(f"{METHODS[name]} {held.total / GIB:.1f}" for name, held in self.method_memory.items())
+        return f"{needed} GiB needed of {self.hardware.free_bytes / GIB:.1f} GiB free"
 
     def _work(self) -> list[tuple[str, str]]:
+        how = "all of them trained" if self.methods == ["full"] else ", ".join(METHODS[name] for name in self.methods)
         return [
-            ("model", f"{self.model}, {self.shape.num_parameters() / 1e6:,.1f} M parameters, all of them trained"),
+            ("model", f"{self.model}, {self.shape.num_parameters() / 1e6:,.1f} M parameters, {how}"),
             ("data", f"up to {self.train_rows:,} conversations of {self.max_length} tokens at most, from {self.data}"),
             *self._training(),
         ]
@@ -281,10 +339,11 @@ def _talking(model, precision, settings, hardware, dtype) -> tuple[GenerationMem
         raise ProfileError(
             f"{model} is an encoder, which cannot write; set MODEL to a chat model, or to '' for the profile's own"
         )
-    weights = shape.weight_bytes(dtype.itemsize, nf4=precision == "nf4") + base.weight_bytes(dtype.itemsize)
     length = min(settings["max_length"], shape.max_position_embeddings)
-    cache = kv_cache_bytes(shape, length, value_bytes=dtype.itemsize)
-    return GenerationMemory(weights, cache, runtime_bytes(hardware.kind == "cpu")), shape
+    needed = generation_memory(
+        shape, length, value_bytes=dtype.itemsize, nf4=precision == "nf4", on_cpu=hardware.kind == "cpu"
+    )
+    return replace(needed, weights=needed.weights + base.weight_bytes(dtype.itemsize)), shape
 
 
 def _cache_free_bytes() -> int:
@@ -308,27 +367,33 @@ def _settle(model: str, settings: dict[str, Any], changes: dict[str, Any]) -> En
     if model != settings["model"] and "lr" not in changes:
         by_size = next(lr for limit, lr in _table()["lr"]["by_hidden_size"] if shape.hidden_size <= limit)
         settings["lr"] = _table()["lr"]["models"].get(model, by_size)
+        if "lr_lora" in settings and "lr_lora" not in changes:
+            settings["lr_lora"] = 10 * settings["lr"]  # as the lessons' own profiles have it
     settings["max_length"] = min(settings["max_length"], shape.max_position_embeddings)
     return shape
 
 
-def _largest_batch(shape, settings, hardware, dtype) -> tuple[int, TrainingMemory]:
-    """Return the largest of the batch sizes B, B/2, B/4 ... 1 that fits, and what it needs."""
+def _largest_batch(shape, settings, hardware, dtype, methods) -> tuple[int, dict[str, TrainingMemory]]:
+    """Return the largest of the batch sizes B, B/2, B/4 ... 1 that fits for all methods, and what each needs."""
     batch_size = settings["batch_size"]
-    needed = _needed(shape, batch_size, settings, hardware, dtype)
-    while needed.total > hardware.free_bytes and batch_size > 1:
+    while True:
+        memory = {method: _needed(shape, batch_size, settings, hardware, dtype, method) for method in methods}
+        if batch_size == 1 or max(needed.total for needed in memory.values()) <= hardware.free_bytes:
+            return batch_size, memory
         batch_size //= 2
-        needed = _needed(shape, batch_size, settings, hardware, dtype)
-    return batch_size, needed
 
 
-def _needed(shape, batch_size, settings, hardware, dtype) -> TrainingMemory:
+def _needed(shape, batch_size, settings, hardware, dtype, method="full") -> TrainingMemory:
     on_cpu = hardware.kind == "cpu"
     tokens = batch_size * settings["max_length"]
     return training_memory(
         shape,
         batch_size,
         settings["max_length"],
+        method=method,
+        rank=settings.get("rank", 16),
+        optimizer=settings.get("optimizer", "adamw"),
+        checkpointing=settings.get("checkpointing", False),
         num_labels=settings.get("num_labels", 0),
         value_bytes=dtype.itemsize,
         on_cpu=on_cpu,
@@ -357,53 +422,6 @@ def lesson_settings(lesson: str, profile: str, task: str = "", *, own_data: bool
         raise ProfileError(f"unknown task {task!r}; {lesson} has {', '.join(shared['tasks'])}")
     chosen = common | {"task": task, "num_labels": shared["num_labels"][task]}
     return plain | own.get(task, {}) | (own.get("folder", {}) if own_data else {}) | chosen
-
-
-def model_folder(model: str) -> Path | None:
-    """Return the folder of a bundled miniature, an adapter or a local checkpoint; None for a Hub id."""
-    for folder in (DATA / "models" / model, Path(model)):
-        if (folder / "config.json").is_file() or (folder / "adapter_config.json").is_file():
-            return folder
-    return None
-
-
-def adapter_base(folder: Path) -> str:
-    """Return the model that an adapter's folder goes on, or nothing where the folder is no adapter's."""
-    config = folder / "adapter_config.json"
-    return json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config.is_file() else ""
-
-
-def model_shape(model: str) -> EncoderShape | DecoderShape:
-    """Return a model's sizes: from the course's table, a local config.json, or else the Hub's config.json (1 kB).
-
-    An adapter has its base's. Raises ProfileError where there is no such model or its config tells neither a BERT-like
-    encoder nor a decoder of Llama's kind.
-    """
-    if model in _table()["shapes"]:
-        return _as_shape(_table()["shapes"][model])
-    folder = model_folder(model)
-    if folder and (base := adapter_base(folder)):
-        return model_shape(base)
-    try:
-        if folder is None:
-            from huggingface_hub import hf_hub_download
-
-            folder = Path(hf_hub_download(model, "config.json")).parent
-        return _as_shape(json.loads((folder / "config.json").read_text(encoding="utf-8")))
-    except KeyError as error:
-        raise ProfileError(
-            f"{model} is neither a BERT-like encoder nor a decoder of Llama's kind: its config.json has no {error}"
-        ) from None
-    except Exception as error:
-        raise ProfileError(
-            f"no model {model!r}: not bundled, not a folder with a config.json, and not found on the Hub "
-            f"({type(error).__name__}); check the spelling and the connection"
-        ) from error
-
-
-def _as_shape(config: dict) -> EncoderShape | DecoderShape:
-    kind = EncoderShape if "type_vocab_size" in config else DecoderShape
-    return kind.from_config(config)
 
 
 def run_folder(lesson: str) -> Path:

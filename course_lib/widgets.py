@@ -270,3 +270,39 @@ def chat_box(answer: Callable[[list[dict]], str], systems: dict[str, str], examp
     send.on_click(ask)
     restart()
     display(ipywidgets.VBox([role, shown, ipywidgets.HBox([box, send, again]), said]))
+
+
+def switch_box(answer: Callable[[str, str], str], names: list[str], example: list[str]) -> None:
+    """Show a box that puts a question to one of several models by name; its static twin asks each the examples. (Week 6, lesson 5.)
+
+    ``answer`` takes a name and a text and returns the reply.
+    """
+    import pandas as pd
+    from IPython.display import display
+
+    if is_static():
+        rows = [{"asked": text, "who": name, "text": answer(name, text)} for text in example for name in names]
+        display(table(pd.DataFrame(rows)))
+        return
+    import ipywidgets
+
+    who = ipywidgets.ToggleButtons(options=names)
+    box = ipywidgets.Text(value=example[0], layout=ipywidgets.Layout(width="70%"), continuous_update=False)
+    send, shown, turns = ipywidgets.Button(description="Ask", button_style="primary"), ipywidgets.HTML(), []
+
+    def ask(_=None):
+        if not box.value.strip():
+            shown.value = _bubbles(turns[-8:]) + "Type a question first."
+            return
+        asked = [{"role": "user", "content": box.value.strip()}]
+        failed = _shown_or_said(
+            lambda: (
+                asked.append({"role": "assistant", "content": f"[{who.value}] {answer(who.value, box.value.strip())}"})
+                or ""
+            )
+        )
+        turns.extend([] if failed else asked)
+        shown.value = _bubbles(turns[-8:]) + failed
+
+    send.on_click(ask)
+    display(ipywidgets.VBox([who, ipywidgets.HBox([box, send]), shown]))

@@ -1,27 +1,38 @@
 """Arithmetic of memory, against transformers' own counts and what autograd really keeps."""
 
 import json
+import subprocess
+import sys
+import time
 import weakref
 from contextlib import nullcontext
 
 import pytest
 import torch
+from conftest import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification, LlamaConfig, MistralConfig
 
+from course_lib import memory, shapes
+from course_lib.errors import ProfileError
 from course_lib.memory import (
     ADAM_BYTES,
+    GPUS,
+    METHODS,
     NF4_BITS,
     DecoderShape,
     EncoderShape,
     activation_bytes,
     decoder_activation_bytes,
     disk_bytes,
+    generation_memory,
     kv_cache_bytes,
+    lora_parameters,
     training_flops,
     training_memory,
+    verdict,
 )
 from course_lib.profiles import DATA, model_shape
 
@@ -338,3 +349,248 @@ def test_training_operations_are_those_worked_by_hand():
     shape = DecoderShape(1, 8, 2, 1, 4, 16, 10, 32)
     # Layer 8 x (2 x 8 + 2 x 4) + 3 x 8 x 16 = 576, head 80; attention 12 x 8 x 10 / 2 = 480.
     assert training_flops(shape, 100, 10) == 100 * (6 * (576 + 80) + 480)
+
+
+# ---------------------------------------------------------------- adapters, NF4, 8 bits, moments
+
+
+def adapted(shape, kind, targets):
+    """Return peft's model of a shape on the meta device, and how many values its adapters have."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForSequenceClassification, Qwen2Config
+
+    sizes = {name: getattr(shape, name) for name in shape.__dataclass_fields__ if name != "query_bias"}
+    with torch.device("meta"):
+        if kind == "encoder":
+            model, task = AutoModelForSequenceClassification.from_config(BertConfig(**sizes)), "SEQ_CLS"
+        else:
+            config = Qwen2Config if shape.query_bias else MistralConfig
+            model, task = AutoModelForCausalLM.from_config(config(**sizes)), "CAUSAL_LM"
+        wanted = "all-linear" if targets == "all" else list(targets)
+        model = get_peft_model(model, LoraConfig(r=8, target_modules=wanted, task_type=task))
+    return sum(weight.numel() for name, weight in model.named_parameters() if "lora_" in name)
+
+
+@pytest.mark.parametrize(
+    ("model", "targets"),
+    [
+        ("HuggingFaceH4/zephyr-7b-beta", "all"),
+        ("HuggingFaceH4/zephyr-7b-beta", ("q_proj", "v_proj")),
+        ("Qwen/Qwen2.5-7B", ("down_proj",)),
+        ("HuggingFaceTB/SmolLM2-135M", "all"),
+        ("mini-zephyr", "all"),
+        ("google-bert/bert-base-uncased", "all"),
+        ("google-bert/bert-base-uncased", ("query", "value")),
+        ("google-bert/bert-base-uncased", ("dense",)),
+    ],
+)
+def test_adapters_have_the_parameters_that_peft_gives_them(model, targets):
+    shape = model_shape(model)
+    kind = "encoder" if isinstance(shape, EncoderShape) else "decoder"
+    assert lora_parameters(shape, 8, targets) == adapted(shape, kind, targets)
+
+
+def test_adapters_of_gpt3s_kind_of_table_are_worked_by_hand():
+    # Zephyr, rank 16 on query and value: 32 layers x 16 x (4096 + 4096 + 4096 + 1024).
+    assert lora_parameters(model_shape("HuggingFaceH4/zephyr-7b-beta"), 16, ("q_proj", "v_proj")) == 32 * 16 * 13_312
+
+
+def test_the_methods_differ_in_what_is_trained_and_in_how_the_base_is_kept():
+    zephyr = model_shape("HuggingFaceH4/zephyr-7b-beta")
+    settings = {"value_bytes": 2, "on_cpu": False, "padded": False}
+    full, lora, qlora = (training_memory(zephyr, 1, 512, method=method, **settings) for method in METHODS)
+    trained = lora_parameters(zephyr, 16)
+    assert (full.adapters, lora.adapters, qlora.adapters) == (0, 4 * trained, 4 * trained)
+    assert lora.gradients == lora.adapters and lora.optimizer == 8 * trained
+    assert lora.weights - 2 * zephyr.num_parameters() == 2 * trained  # autocast's copy of the adapters
+    assert qlora.weights - 2 * trained == zephyr.weight_bytes(nf4=True)
+    assert full.tensors > 6 * lora.tensors > 12 * qlora.tensors
+    assert full.total - full.tensors == full.runtime > 0
+
+
+def test_eight_bit_moments_take_two_bytes_and_a_thirty_second():
+    zephyr = model_shape("HuggingFaceH4/zephyr-7b-beta")
+    settings = {"value_bytes": 2, "on_cpu": False}
+    plain, eight, paged = (
+        training_memory(zephyr, 1, 512, optimizer=name, **settings)
+        for name in ("adamw", "adamw_8bit", "paged_adamw_8bit")
+    )
+    assert plain.optimizer == 8 * zephyr.num_parameters()
+    assert eight.optimizer / zephyr.num_parameters() == pytest.approx(2 + 8 / 256, rel=1e-3)
+    assert paged.optimizer / zephyr.num_parameters() == pytest.approx(8 / 256, rel=0.01)  # the scales stay
+
+
+def test_checkpointing_a_smaller_batch_and_fewer_logits_all_save_memory():
+    shape = model_shape("HuggingFaceTB/SmolLM2-135M")
+    settings = {"method": "lora", "value_bytes": 2, "on_cpu": False}
+    base = training_memory(shape, 8, 512, **settings).tensors
+    for change in ({"checkpointing": True}, {"learnt_tokens": 100}, {"padded": False}):
+        assert training_memory(shape, 8, 512, **settings, **change).tensors < base, change
+    assert training_memory(shape, 4, 512, **settings).tensors < base
+    assert training_memory(shape, 8, 512, **settings, keeps_scores=True).tensors > base
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"method": "prompt"}, "full, lora, qlora"),
+        ({"optimizer": "sgd"}, "paged_adamw_8bit"),
+        ({"method": "lora", "targets": ("c_attn",)}, "no matrix 'c_attn' in the blocks; choose from q_proj"),
+    ],
+)
+def test_a_wrong_choice_is_refused_with_the_right_ones(settings, says):
+    with pytest.raises(ProfileError, match=says):
+        training_memory(model_shape("mini-zephyr"), 1, 8, **settings)
+
+
+def test_writing_takes_the_weights_and_the_cache():
+    zephyr = model_shape("HuggingFaceH4/zephyr-7b-beta")
+    held = generation_memory(zephyr, 2048, 4, nf4=True, on_cpu=False)
+    assert held.weights == zephyr.weight_bytes(nf4=True)
+    assert held.kv_cache == 4 * 2048 * 128 * 1024  # 128 KiB a token
+    assert held.tensors == held.weights + held.kv_cache and held.total == held.tensors + held.runtime
+
+
+# ---------------------------------------------------------------- verdicts and the command
+
+
+def test_a_verdict_names_the_first_change_that_fits():
+    zephyr = model_shape("HuggingFaceH4/zephyr-7b-beta")
+    roomy = verdict(zephyr, "H200", batch_size=1, length=512, method="full")
+    assert roomy.fits and "are left" in str(roomy)
+    tight = verdict(zephyr, "T4", batch_size=4, length=2048, method="qlora")
+    assert not tight.fits and "It would with checkpointing: 10." in tight.text
+    assert verdict(zephyr, "T4", batch_size=4, length=2048, method="qlora", checkpointing=True).fits
+    # On a T4 no single change makes full tuning fit; checkpointing, 8 bits and QLoRA together do.
+    many = verdict(zephyr, "T4", batch_size=4, length=2048, method="full")
+    assert "It would with checkpointing, with 8-bit Adam and with QLoRA" in many.text
+    never = verdict(model_shape("huggyllama/llama-65b"), "T4", batch_size=1, length=512, method="qlora")
+    assert "smaller model or a larger card" in never.text
+    with pytest.raises(ProfileError, match="T4, L4"):
+        verdict(zephyr, "T5", batch_size=1, length=1)
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+def test_what_fits_needs_no_more_than_the_card_has(gpu):
+    for method in METHODS:
+        told = verdict(model_shape("huggyllama/llama-13b"), gpu, batch_size=1, length=512, method=method)
+        assert told.fits == (told.needed.total <= GPUS[gpu] * 2**30)
+
+
+def run_command(*arguments: str):
+    command = [sys.executable, "-m", "course_lib.memory", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+def test_the_command_prints_a_table_and_a_verdict_in_half_a_second():
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        arguments = ("--method", "qlora", "--length", "2048", "--batch", "4", "--gpu", "T4")
+        done = run_command("HuggingFaceH4/zephyr-7b-beta", *arguments)
+        seconds.append(time.perf_counter() - start)
+    assert done.returncode == 0, done.stderr
+    assert min(seconds) < 0.5
+    needed = training_memory(
+        model_shape("HuggingFaceH4/zephyr-7b-beta"),
+        4,
+        2048,
+        method="qlora",
+        value_bytes=2,
+        on_cpu=False,
+        padded=False,
+        keeps_gradients=False,
+    )
+    lines = {line[:32].strip(): line[32:].split() for line in done.stdout.splitlines()}
+    assert lines["all tensors"] == [f"{needed.tensors / 1e9:.2f}"]
+    assert lines["whole process"] == [f"{needed.total / 1e9:.2f}"]
+    assert "does not fit into the T4" in done.stdout and "with checkpointing" in done.stdout
+
+
+def test_the_command_brings_no_torch():
+    code = (
+        "import sys\nfrom course_lib.memory import main\n"
+        "main(['HuggingFaceH4/zephyr-7b-beta', '--method', 'all'])\n"
+        "print(any(name in sys.modules for name in ('torch', 'transformers', 'numpy')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "False"
+
+
+def test_the_command_shows_all_methods_side_by_side_and_each_ones_verdict(capsys):
+    assert memory.main(["mini-zephyr", "--method", "all", "--length", "4096", "--optimizer", "paged_adamw_8bit"]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[3].split()[-3:] == list(METHODS)
+    assert all(f"\n{method}: It " in shown for method in METHODS)
+    assert "those not paged" in shown and "reads 512 tokens at once, not 4,096" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["mini-zephyr", "--gpu", "T5"], "unknown GPU 'T5'; choose one of T4"),
+        (["no/such-model"], "check the spelling"),
+        (["mini-zephyr", "--batch", "0"], "at least 1"),
+    ],
+)
+def test_the_command_says_what_is_wrong_and_ends_with_two(arguments, says, capsys):
+    assert memory.main(arguments) == 2
+    assert says in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- shapes
+
+
+@pytest.mark.parametrize(
+    ("model", "parameters"),
+    [
+        ("mistralai/Mistral-7B-v0.1", 7_241_732_096),
+        ("huggyllama/llama-7b", 6_738_415_616),
+        ("huggyllama/llama-13b", 13_015_864_320),
+        ("huggyllama/llama-65b", 65_285_660_672),
+        ("Qwen/Qwen2.5-7B", 7_615_616_512),
+    ],
+)
+def test_models_in_the_table_have_their_published_parameters(model, parameters):
+    assert model_shape(model).num_parameters() == parameters
+
+
+def hub_with(monkeypatch, tmp_path, config: dict, counts: dict | None):
+    """Let the Hub have one model, whose weights' headers tell ``counts``."""
+    from types import SimpleNamespace
+
+    def headers(model):
+        if counts is None:
+            raise OSError("no safetensors here")
+        return SimpleNamespace(parameter_count=counts)
+
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda model, name: str(tmp_path / name))
+    monkeypatch.setattr("huggingface_hub.get_safetensors_metadata", headers)
+
+
+def test_a_model_of_the_hub_is_read_from_its_config(monkeypatch, tmp_path):
+    hub_with(monkeypatch, tmp_path, MistralConfig(**GROUPED).to_dict(), None)
+    assert model_shape("someone/grouped").num_key_value_heads == 2
+
+
+@pytest.mark.parametrize(
+    "config", [{"model_type": "t5", "d_model": 512}, MistralConfig(**GROUPED, model_type="mixtral")]
+)
+def test_of_an_unknown_kind_the_weights_alone_are_told(monkeypatch, tmp_path, config):
+    config = config if isinstance(config, dict) else config.to_dict() | {"model_type": "mixtral"}
+    hub_with(monkeypatch, tmp_path, config, {"F32": 60_000_000, "BF16": 500_000})
+    with pytest.raises(ProfileError, match=r"neither .* Its files hold 60.5 M parameters: 0.1 GB in 16 bits"):
+        model_shape("google/something")
+    hub_with(monkeypatch, tmp_path, config, None)
+    with pytest.raises(ProfileError, match="neither a BERT-like encoder") as told:
+        model_shape("google/something")
+    assert "files hold" not in str(told.value)
+
+
+def test_the_shapes_can_be_had_where_lessons_look_for_them():
+    from course_lib import profiles
+
+    for name in ("model_folder", "model_shape", "adapter_base"):
+        assert getattr(profiles, name) is getattr(shapes, name)
+    assert memory.DecoderShape is shapes.DecoderShape and memory.NF4_BITS is shapes.NF4_BITS

@@ -196,3 +196,66 @@ def test_an_encoder_cannot_chat_and_a_decoder_is_not_fine_tuned_as_bert():
         make_plan(CHAT, "tiny", model="mini-bert", hardware=MACHINES["laptop"])
     with pytest.raises(ProfileError, match="not a BERT-like encoder"):
         make_plan(LESSON, "tiny", model="mini-zephyr", hardware=MACHINES["laptop"])
+
+
+SFT = "week06/04_sft_dry_run"
+ALL = ["full", "lora", "qlora"]
+
+
+@pytest.fixture
+def with_methods(monkeypatch):
+    """Give the lesson's profiles the settings of one that compares methods."""
+    from course_lib.profiles import lesson_settings as settled
+
+    more = {"methods": ALL, "lr_lora": 4e-3, "rank": 8}
+    monkeypatch.setattr(profiles, "lesson_settings", lambda *given, **named: settled(*given, **named) | more)
+
+
+def test_a_lesson_that_names_no_methods_trains_all_weights():
+    plan = make_plan(SFT, "tiny", hardware=MACHINES["laptop"])
+    assert plan.methods == ["full"] and list(plan.method_memory) == ["full"]
+    assert plan.method_memory["full"] == plan.needed and "all of them trained" in repr(plan)
+
+
+def test_a_plan_holds_what_each_method_needs_and_is_cut_for_the_hungriest(with_methods):
+    plan = make_plan(SFT, "tiny", hardware=MACHINES["laptop"])
+    assert plan.methods == ALL and plan.given_up == []
+    needed = {name: held.total for name, held in plan.method_memory.items()}
+    assert plan.needed.total == max(needed.values()) == needed["full"] and needed["qlora"] < needed["full"]
+    shown = dict(plan.rows())
+    assert shown["memory"].startswith(f"full {needed['full'] / GIB:.1f}, LoRA ")
+    assert "full, LoRA, QLoRA" in shown["model"]
+
+
+def test_a_method_that_does_not_fit_is_planned_only(with_methods):
+    plan = make_plan(SFT, "full", hardware=MACHINES["A100"])
+    assert (plan.model, plan.methods) == ("Qwen/Qwen2.5-7B", ["lora", "qlora"])
+    assert plan.given_up[0].startswith("full tuning of Qwen/Qwen2.5-7B, which needs 1") and "planned only" in repr(plan)
+    assert plan.needed == plan.method_memory["lora"] and plan.needed.total <= plan.hardware.free_bytes
+    tight = make_plan(SFT, "full", hardware=replace(MACHINES["A100"], free_bytes=13 * GIB))
+    assert tight.methods == ["qlora"] and len(tight.method_memory) == 1
+    assert [text.split(" of ")[0] for text in tight.given_up[:2]] == ["full tuning", "LoRA"]
+    assert tight.batch_size * tight.accumulation == 16 and tight.needed.total <= 13 * GIB
+
+
+def test_only_where_no_method_fits_the_smaller_model_is_taken(with_methods):
+    plan = make_plan(SFT, "full", hardware=replace(MACHINES["A100"], free_bytes=5 * GIB))
+    assert plan.model == "HuggingFaceTB/SmolLM2-135M" and plan.methods == ALL
+    assert plan.given_up[0].startswith("Qwen/Qwen2.5-7B, which needs") and "instead" in plan.given_up[0]
+    assert not any("planned only" in text for text in plan.given_up)
+    nothing = make_plan(SFT, "full", hardware=replace(MACHINES["A100"], free_bytes=GIB // 2))
+    assert "nothing fits" in nothing.given_up[-1] and nothing.batch_size == 1 and len(nothing.methods) == 1
+
+
+@pytest.mark.parametrize("machine", ["mac", "H100"])  # H100 has no bitsandbytes here
+def test_without_bitsandbytes_there_is_no_qlora(with_methods, machine):
+    plan = make_plan(SFT, "tiny", hardware=MACHINES[machine])
+    assert plan.methods == ["full", "lora"] and "QLoRA: bitsandbytes is not there" in plan.given_up[0]
+
+
+def test_a_model_of_ones_own_has_ten_times_its_rate_for_lora(with_methods):
+    own = make_plan(SFT, "tiny", hardware=MACHINES["laptop"], model="HuggingFaceTB/SmolLM2-135M")
+    assert (own.lr, own.lr_lora) == (1e-4, 1e-3)
+    assert make_plan(SFT, "tiny", hardware=MACHINES["laptop"]).lr_lora == 4e-3
+    told = make_plan(SFT, "tiny", hardware=MACHINES["laptop"], model="HuggingFaceTB/SmolLM2-135M", lr_lora=5e-4)
+    assert (told.lr, told.lr_lora) == (1e-4, 5e-4)

@@ -1109,7 +1109,9 @@ needs = {}
 for name, shape in models.items():
     held = training_memory(shape, 8, 512, value_bytes=2, on_cpu=False)
     needs[name] = {
-        f"{part}, GB": size / 1e9 for part, size in vars(held).items() if part != "runtime"
+        f"{part}, GB": size / 1e9
+        for part, size in vars(held).items()
+        if part not in ("adapters", "runtime")
     }
     needs[name]["sum, GB"] = (held.total - held.runtime) / 1e9
     needs[name]["disk, GB"] = disk_bytes(shape, checkpoints=2) / 1e9

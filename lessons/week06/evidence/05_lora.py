@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
 LESSON = "week06/05_lora"
-SEEDS, FEW, THREE = range(20), range(4), range(3)
+SEEDS, FEW = range(20), range(3)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
@@ -33,18 +33,29 @@ def wanted() -> list[dict]:
     full = {"method": "full", "lr": 4e-4}
     lora = {"method": "lora", "rank": 8, "alpha": 16, "targets": "all-linear", "lr": 4e-3}
     runs = []
-    for seed in THREE:
-        runs += [full | {"part": "rates", "seed": seed, "lr": lr} for lr in (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)]
-        for rank in (8, 1):
-            rates = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
-            runs += [lora | {"part": "rates", "seed": seed, "rank": rank, "lr": lr} for lr in rates]
     for seed in SEEDS:
-        main = [full, lora, lora | {"rank": 1}, lora | {"method": "qlora"}, full | {"pretrained": False}]
+        main = [
+            full,
+            lora,
+            lora | {"rank": 1},
+            lora | {"method": "qlora"},
+            full | {"pretrained": False},
+        ]
         runs += [run | {"part": "methods", "seed": seed} for run in main]
     for seed in FEW:
+        runs += [
+            full | {"part": "rates", "seed": seed, "lr": lr}
+            for lr in (1e-4, 2e-4, 4e-4, 8e-4, 1.6e-3)
+        ]
+        runs += [
+            lora | {"part": "rates", "seed": seed, "lr": lr}
+            for lr in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+        ]
         runs += [lora | {"part": "rank", "seed": seed, "rank": rank} for rank in (2, 4, 16, 64)]
         named = (("q_proj", "v_proj"), ATTENTION, FEED_FORWARD)
-        runs += [lora | {"part": "matrices", "seed": seed, "targets": list(targets)} for targets in named]
+        runs += [
+            lora | {"part": "matrices", "seed": seed, "targets": list(targets)} for targets in named
+        ]
         runs += [lora | {"part": "alpha", "seed": seed, "alpha": alpha} for alpha in (4, 8, 32, 64)]
     return runs
 
@@ -79,11 +90,21 @@ def run(settings: dict) -> dict:
     model = load_causal_lm(plan, method=settings["method"], pretrained=pretrained, seed=seed)
     if settings["method"] != "full":
         set_seed(seed)
-        chosen = {"r": settings["rank"], "lora_alpha": settings["alpha"], "target_modules": settings["targets"]}
+        chosen = {
+            "r": settings["rank"],
+            "lora_alpha": settings["alpha"],
+            "target_modules": settings["targets"],
+        }
         model = get_peft_model(model, LoraConfig(**chosen, task_type="CAUSAL_LM"))
     with tempfile.TemporaryDirectory() as folder:
         trainer = sft_trainer(
-            plan.changed(lr=settings["lr"]), model, tokenizer, rows, folder, seed=seed, save_strategy="no"
+            plan.changed(lr=settings["lr"]),
+            model,
+            tokenizer,
+            rows,
+            folder,
+            seed=seed,
+            save_strategy="no",
         )
         begun = time.perf_counter()
         trainer.train()
@@ -94,23 +115,33 @@ def run(settings: dict) -> dict:
         "trainable": count_parameters(model)[0],
         "loss": sum(losses) / len(losses),
         "seconds": seconds,
-        "perplexity": perplexity(model, text_rows(tokenizer, load_texts("isles")), tokenizer.pad_token_id),
+        "perplexity": perplexity(
+            model, text_rows(tokenizer, load_texts("isles")), tokenizer.pad_token_id
+        ),
     }
 
     def answer(chats: list) -> list[str]:
         return replies(model, tokenizer, chats, max_new_tokens=plan.max_new_tokens)
 
     if held:
-        found["validation"] = exact_match(answer([m[:-1] for m in held]), [m[-1]["content"] for m in held])
+        found["validation"] = exact_match(
+            answer([m[:-1] for m in held]), [m[-1]["content"] for m in held]
+        )
     else:
         items = load_questions("isles")
         given = answer([[{"role": "user", "content": item["question"]}] for item in items])
-        right = [exact_match([reply], [item["answer"]]) for reply, item in zip(given, items, strict=True)]
+        right = [
+            exact_match([reply], [item["answer"]]) for reply, item in zip(given, items, strict=True)
+        ]
         found["right"] = sum(right) / len(right)
         for wording in ("known", "new"):
-            part = [each for each, item in zip(right, items, strict=True) if item["wording"] == wording]
+            part = [
+                each for each, item in zip(right, items, strict=True) if item["wording"] == wording
+            ]
             found[wording] = sum(part) / len(part)
-    return settings | {name: value if name == "trainable" else round(value, 4) for name, value in found.items()}
+    return settings | {
+        name: value if name == "trainable" else round(value, 4) for name, value in found.items()
+    }
 
 
 def write(name: str, lesson: str, runs: list[dict]) -> None:
@@ -143,7 +174,10 @@ def main() -> None:
     done = {json.dumps(asked): found for asked, found in map(json.loads, lines)}
     missing = [each for each in wanted() if json.dumps(each) not in done]
     workers = int(os.environ.get("WORKERS", os.cpu_count() or 1))
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool, cache.open("a") as file:
+    with (
+        ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool,
+        cache.open("a") as file,
+    ):
         running = {pool.submit(run, each): each for each in missing}
         for future in as_completed(running):
             asked, found = running[future], future.result()
