@@ -120,9 +120,12 @@ class Plan:
     def _training(self) -> list[tuple[str, str]]:
         batch = f"{self.batch_size}" + (f" x {self.accumulation} accumulated" if self.accumulation > 1 else "")
         return [
-            ("training", f"{self.epochs} epochs of batches of {batch}, about {self.steps:,} steps, lr {self.lr:g}"),
+            ("training", f"{self.epochs} epochs of batches of {batch}, about {self.steps:,} steps, {self._rate()}"),
             ("time", f"about {max(self.minutes, 0.05):.1f} minutes of training (estimate)"),
         ]
+
+    def _rate(self) -> str:
+        return f"lr {self.lr:g}"
 
     def __repr__(self) -> str:
         return "\n".join(f"{name:9} {value}" for name, value in self.rows())
@@ -260,6 +263,10 @@ class SFTPlan(Plan):
             return super()._memory()
         needed = ", ".join(f"{METHODS[name]} {held.total / GIB:.1f}" for name, held in self.method_memory.items())
         return f"{needed} GiB needed of {self.hardware.free_bytes / GIB:.1f} GiB free"
+
+    def _rate(self) -> str:
+        rates = {"full": f"lr {self.lr:g}", "lora": f"lr {self.settings.get('lr_lora', self.lr):g} for adapters"}
+        return ", ".join(dict.fromkeys(rates.get(name, rates["lora"]) for name in self.methods))
 
     def _work(self) -> list[tuple[str, str]]:
         how = "all of them trained" if self.methods == ["full"] else ", ".join(METHODS[name] for name in self.methods)

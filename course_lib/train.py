@@ -68,13 +68,13 @@ def _common_settings(plan, folder: str | Path) -> dict:
 def sft_arguments(plan, folder: str | Path, **changes):
     """Return TRL's SFTConfig for a plan, with defaults that suit a notebook. (Week 6, lesson 4.)
 
-    Unlike TRL's: precision follows the plan's device, activations are kept and not computed twice, and a checkpoint that
+    Unlike TRL's: precision follows the plan's device, activations are computed twice only where the plan says so, and a checkpoint that
     training can resume from is written after every epoch. ``changes`` are SFTConfig's own names.
     """
     from trl import SFTConfig
 
     settings = _common_settings(plan, folder) | {
-        "gradient_checkpointing": False,
+        "gradient_checkpointing": plan.settings.get("checkpointing", False),
         "save_strategy": "epoch",
         "eval_strategy": "no",
         "max_length": plan.max_length,

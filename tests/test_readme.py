@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 import tomllib
 
 import pytest
@@ -40,6 +41,13 @@ def test_every_file_that_the_readme_links_is_there():
     assert links
     for link in links:
         assert (ROOT / link).exists(), link
+
+
+def test_the_readmes_planner_command_answers():
+    (command,) = re.findall(r"`\.venv/bin/python (-m course_lib\.memory [^`]+)`", README)
+    done = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "all tensors" in done.stdout and "It would with checkpointing" in done.stdout
 
 
 def test_pins_are_exact_and_constraints_agree():
