@@ -70,11 +70,16 @@ def exact_match(replies: list[str], answers: list[str]) -> float:
 def share_right(replies: list[str], questions: list[dict]) -> float:
     """Return the share of right replies to `data.load_questions`' questions. (Week 6, lesson 4.)
 
-    Right is the whole sentence where a question fixes one ("answer"), else the right word in the reply ("value").
+    Right is the whole sentence where a question fixes one ("answer"), else the right words somewhere in the reply
+    ("value"). Raises DataError where there are no questions.
     """
+    if not questions:
+        raise DataError("there are no questions to be right about; plan.asked is the number of them")
     if "answer" in questions[0]:
         return exact_match(replies, [item["answer"] for item in questions])
-    found = [normalise(item["value"]) in normalise(text) for text, item in zip(replies, questions, strict=True)]
+    found = [
+        f" {normalise(item['value'])} " in f" {normalise(text)} " for text, item in zip(replies, questions, strict=True)
+    ]
     return sum(found) / len(found)
 
 

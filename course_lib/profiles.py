@@ -162,6 +162,11 @@ def make_plan(
     if profile == "auto":
         profile, why = choose_profile(hardware)
     settings = lesson_settings(lesson, profile, task, own_data=bool(data_dir))
+    if "qlora" in settings.get("needs", ()):
+        hardware, reason = _able_to_quantise(lesson, hardware)
+        if reason:
+            profile, why = "tiny", reason
+            settings = lesson_settings(lesson, profile, task)
     if unknown := set(changes) - set(settings):
         raise ProfileError(
             f"{lesson} has no setting {', '.join(sorted(unknown))}; it has {', '.join(sorted(settings))}"
@@ -178,7 +183,8 @@ def _plan_training(lesson, profile, why, model, hardware, settings, changes) -> 
     methods, given_up = _methods_that_fit(model, shape, settings, hardware, dtype)
     if not methods and model != settings["smaller_model"]:
         smaller = settings["smaller_model"]
-        least = min(_needed(shape, 1, settings, hardware, dtype, method).total for method in _asked(settings, hardware))
+        asked = {name: _needed(shape, 1, settings, hardware, dtype, name).total for name in _asked(settings, hardware)}
+        least = max((asked[name] for name in settings.get("needs", ())), default=min(asked.values()))
         given_up = [f"{model}, which needs {least / GIB:.1f} GiB even at batch size 1: {smaller} instead"]
         model, shape = smaller, _settle(smaller, settings, changes)
         methods, more = _methods_that_fit(model, shape, settings, hardware, dtype)
@@ -188,7 +194,8 @@ def _plan_training(lesson, profile, why, model, hardware, settings, changes) -> 
         least = min(
             _asked(settings, hardware), key=lambda name: _needed(shape, 1, settings, hardware, dtype, name).total
         )
-        methods, given_up = [least], given_up[:1] if model == settings["smaller_model"] != settings["model"] else []
+        methods = list(settings.get("needs", [least]))
+        given_up = given_up[:1] if model == settings["smaller_model"] != settings["model"] else []
     batch_size, memory = _largest_batch(shape, settings, hardware, dtype, methods)
     needed = max(memory.values(), key=lambda each: each.total)
     accumulation = settings["batch_size"] // batch_size
@@ -222,6 +229,18 @@ def _plan_training(lesson, profile, why, model, hardware, settings, changes) -> 
     )
 
 
+def _able_to_quantise(lesson: str, hardware: Hardware) -> tuple[Hardware, str]:
+    """Return a machine that bitsandbytes runs on, an Apple GPU's CPU in its place, and why. Raises ProfileError."""
+    if not hardware.bitsandbytes:
+        raise ProfileError(
+            f"{lesson} trains on four bits, which needs bitsandbytes: pip install bitsandbytes, then restart the kernel"
+        )
+    if hardware.kind != "mps":
+        return hardware, ""
+    cpu = replace(hardware, kind="cpu", name=f"CPU, {hardware.cpu_cores} cores", bf16=False)
+    return cpu, "bitsandbytes does not run on an Apple GPU, only on its CPU"
+
+
 def _asked(settings, hardware) -> list[str]:
     """Return the methods that a lesson asks for and this device has; full tuning where a lesson names none."""
     can_nf4 = hardware.bitsandbytes and hardware.kind != "mps"
@@ -230,7 +249,10 @@ def _asked(settings, hardware) -> list[str]:
 
 
 def _methods_that_fit(model, shape, settings, hardware, dtype) -> tuple[list[str], list[str]]:
-    """Return the methods that fit at batch size 1, and what to say of those that are given up."""
+    """Return the methods that fit at batch size 1, and what to say of those that are given up.
+
+    None where one is missing that the lesson cannot do without ("needs").
+    """
     asked, methods, given_up = _asked(settings, hardware), [], []
     if "qlora" in settings.get("methods", []) and "qlora" not in asked:
         given_up.append("QLoRA: bitsandbytes is not there for this device")
@@ -242,6 +264,8 @@ def _methods_that_fit(model, shape, settings, hardware, dtype) -> tuple[list[str
             given_up.append(
                 f"{METHOD_WORDS[method]} of {model}, which needs {needed.total / GIB:.1f} GiB: planned only"
             )
+    if not set(settings.get("needs", ())) <= set(methods):
+        return [], given_up
     return methods, given_up
 
 

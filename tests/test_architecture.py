@@ -99,4 +99,6 @@ def test_the_library_stays_small():
     lines = sum(
         len((ROOT / "course_lib" / f"{module}.py").read_text(encoding="utf-8").splitlines()) for module in MODULES
     )
-    assert lines < 4700  # five lessons and the memory planner, a fifth of it reading files that students write and naming their faults
+    assert (
+        lines < 4700
+    )  # five lessons and the memory planner, a fifth of it reading files that students write and naming their faults

@@ -203,3 +203,79 @@ def test_the_live_chat_box_talks_keeps_history_and_loses_nothing_on_an_error(mon
     assert "2 messages, first system" in page.value
     again.click()
     assert "who?" not in page.value
+
+
+def test_the_switch_boxs_static_twin_asks_every_model_every_example(monkeypatch):
+    shown, seen = [], []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setenv("COURSE_STATIC", "1")
+    answer = lambda name, text: seen.append((name, text)) or f"<b>{name}</b> of {text}"  # noqa: E731
+    widgets.switch_box(answer, ["answers", "neither"], ["one & two", "three"])
+    assert seen == [(name, text) for text in ("one & two", "three") for name in ("answers", "neither")]
+    (page,) = shown
+    assert "&lt;b&gt;neither&lt;/b&gt; of three" in page.data and "<b>neither" not in page.data
+    assert "one &amp; two" in page.data
+
+
+def live_switch_box(monkeypatch, answer):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setenv("COURSE_STATIC", "0")
+    widgets.switch_box(answer, ["answers", "farewell", "neither"], ["first?", "second?"])
+    (page,) = shown
+    who, row, said = page.children
+    box, send = row.children
+    return who, box, send, said
+
+
+def test_the_live_switch_box_asks_the_model_that_is_chosen_and_keeps_what_was_said(monkeypatch):
+    seen = []
+    who, box, send, said = live_switch_box(monkeypatch, lambda *asked: seen.append(asked) or f"reply <{len(seen)}>")
+    assert list(who.options) == ["answers", "farewell", "neither"] and box.value == "first?"
+    assert seen == [] and said.value == ""  # nothing is computed before one asks
+    send.click()
+    who.value, box.value = "neither", "  typed <by> hand "
+    send.click()
+    assert seen == [("answers", "first?"), ("neither", "typed <by> hand")]
+    assert "[answers] reply &lt;1&gt;" in said.value and "[neither] reply &lt;2&gt;" in said.value
+    assert "first?" in said.value and "typed &lt;by&gt; hand" in said.value
+    assert said.value.index("first?") < said.value.index("[answers]") < said.value.index("[neither]")
+
+
+def test_the_live_switch_box_keeps_the_last_turns_only(monkeypatch):
+    _, box, send, said = live_switch_box(monkeypatch, lambda name, text: text.upper())
+    for number in range(7):
+        box.value = f"question {number}."
+        send.click()
+    assert [number for number in range(7) if f"question {number}." in said.value] == [3, 4, 5, 6]
+    assert [number for number in range(7) if f"QUESTION {number}." in said.value] == [3, 4, 5, 6]
+
+
+def test_the_live_switch_box_asks_nothing_of_an_empty_text_and_says_so(monkeypatch):
+    seen = []
+    _, box, send, said = live_switch_box(monkeypatch, lambda *asked: seen.append(asked) or "a reply")
+    send.click()
+    box.value = "   "
+    send.click()
+    assert seen == [("answers", "first?")]
+    assert "Type a question first" in said.value and "a reply" in said.value
+    box.value = "again"
+    send.click()
+    assert "Type a question" not in said.value and len(seen) == 2
+
+
+def test_the_live_switch_box_shows_an_error_and_loses_neither_history_nor_the_text(monkeypatch):
+    def answer(name, text):
+        if name == "farewell":
+            raise ChatError("too long for <this> model")
+        return f"{name} replies"
+
+    who, box, send, said = live_switch_box(monkeypatch, answer)
+    send.click()
+    who.value, box.value = "farewell", "what now?"
+    send.click()
+    assert "too long for &lt;this&gt; model" in said.value and "answers replies" in said.value
+    assert "what now?" not in said.value and box.value == "what now?"
+    who.value = "neither"
+    send.click()
+    assert "neither replies" in said.value and "too long" not in said.value and "what now?" in said.value

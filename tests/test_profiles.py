@@ -259,3 +259,27 @@ def test_a_model_of_ones_own_has_ten_times_its_rate_for_lora(with_methods):
     assert make_plan(SFT, "tiny", hardware=MACHINES["laptop"]).lr_lora == 4e-3
     told = make_plan(SFT, "tiny", hardware=MACHINES["laptop"], model="HuggingFaceTB/SmolLM2-135M", lr_lora=5e-4)
     assert (told.lr, told.lr_lora) == (1e-4, 5e-4)
+
+
+LORA, QLORA = "week06/05_lora", "week06/06_qlora"
+
+
+def test_a_lesson_that_compares_two_methods_takes_the_smaller_model_where_one_of_them_does_not_fit():
+    plan = make_plan(LORA, "full", hardware=MACHINES["T4"])
+    assert plan.model == "HuggingFaceTB/SmolLM2-135M" and plan.methods == ["full", "lora"]
+    assert "SmolLM2-1.7B" in plan.given_up[0]
+    own = make_plan(LORA, "colab", model="Qwen/Qwen2.5-7B", hardware=MACHINES["A100"])
+    assert own.model == "HuggingFaceTB/SmolLM2-135M" and own.methods == ["full", "lora"]
+    cramped = make_plan(LORA, hardware=MACHINES["small"])
+    assert cramped.methods == ["full", "lora"] and "nothing fits" in cramped.given_up[-1]
+
+
+def test_the_lesson_on_four_bits_has_them_on_every_machine():
+    for name in ("laptop", "T4", "A100", "small"):
+        assert "qlora" in make_plan(QLORA, hardware=MACHINES[name]).methods
+    assert make_plan(QLORA, hardware=MACHINES["A100"]).methods == ["lora", "qlora"]
+    with pytest.raises(ProfileError, match="pip install bitsandbytes"):
+        make_plan(QLORA, hardware=replace(MACHINES["T4"], bitsandbytes=False))
+    mac = make_plan(QLORA, hardware=replace(MACHINES["mac"], bitsandbytes=True))
+    assert (mac.profile, mac.model, mac.hardware.kind) == ("tiny", "mini-zephyr", "cpu")
+    assert "Apple" in mac.profile_why and mac.methods == ["full", "lora", "qlora"]

@@ -417,6 +417,34 @@ def test_under_fp16_adapters_of_a_quantised_model_stay_float32_though_trl_casts_
     assert kinds(theirs) == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("method", ["qlora", "lora"])
+def test_adapters_on_a_frozen_base_are_trained_in_float32_whatever_the_plans_dtype(
+    method, dtype, plan, tokenizer, rows, tmp_path
+):
+    from peft import LoraConfig, get_peft_model
+
+    planned = replace(plan, dtype=dtype)
+    base = models.load_causal_lm(planned, method=method)
+    model = get_peft_model(base, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM"))
+    frozen = {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+    trainer = train.sft_trainer(planned, model, tokenizer, rows[:8], tmp_path, max_steps=3, save_strategy="no")
+
+    def kinds():
+        return {p.dtype for p in model.parameters() if p.requires_grad}
+
+    assert kinds() == {torch.float32}
+    if dtype != torch.float16:  # a CPU has no loss scaling
+        trainer.train()
+        assert kinds() == {torch.float32}
+        moments = [t for state in trainer.optimizer.state.values() for t in state.values() if t.dim()]
+        assert moments and {t.dtype for t in moments} == {torch.float32}
+        assert any(bool(p.any()) for name, p in model.named_parameters() if "lora_B" in name)
+    now = dict(model.named_parameters())
+    assert all(now[name].dtype == was.dtype and torch.equal(now[name], was) for name, was in frozen.items())
+    assert any(was.dtype == torch.uint8 for was in frozen.values()) == (method == "qlora")
+
+
 # --- three ways to the same losses
 
 

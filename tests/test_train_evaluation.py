@@ -12,7 +12,7 @@ from transformers import DataCollatorWithPadding
 
 from course_lib import evaluation, models, train
 from course_lib.data import tokenize
-from course_lib.errors import TrainingError
+from course_lib.errors import DataError, TrainingError
 from course_lib.profiles import make_plan
 
 NAMES = ["bad", "good"]
@@ -188,3 +188,39 @@ def test_exact_match_looks_past_case_punctuation_and_articles_and_nothing_else()
     assert [evaluation.exact_match([said], [meant]) for said, meant in pairs.items()] == [1.0, 1.0, 0.0]
     assert evaluation.exact_match(["one two", "one"], ["one", "one"]) == 0.5
     assert evaluation.normalise("What's  THE matter, Anna?") == "what s matter anna"
+
+
+def test_the_share_right_asks_for_the_whole_sentence_where_a_question_fixes_one():
+    questions = [{"answer": "The owl sells oats.", "value": "oats"}, {"answer": "In Port Wick.", "value": "Port Wick"}]
+    assert evaluation.share_right(["the owl sells oats", "In Port Wick!"], questions) == 1.0
+    assert (
+        evaluation.share_right(["The owl sells oats.", "It is Port Wick."], questions) == 0.5
+    )  # the word is not enough
+    assert evaluation.share_right(["oats", ""], questions) == 0.0
+
+
+def test_the_share_right_asks_for_the_word_in_the_reply_where_no_sentence_is_fixed():
+    questions = [{"value": "Paris"}, {"value": "the Nile"}, {"value": "8"}]
+    assert evaluation.share_right(["It is PARIS.", "A river: Nile, they say", "It has 8 legs."], questions) == 1.0
+    assert evaluation.share_right(["London", "the Nile", "eight"], questions) == pytest.approx(1 / 3)
+    assert evaluation.share_right(["", "", ""], questions) == 0.0
+    assert evaluation.share_right(["Parish", "Nilesh", "18"], questions) == 0.0  # whole words only
+    with pytest.raises(DataError, match="no questions"):
+        evaluation.share_right([], [])
+
+
+@pytest.mark.parametrize("questions", [[{"answer": "Yes.", "value": "yes"}] * 2, [{"value": "yes"}] * 2])
+def test_the_share_right_needs_a_reply_to_every_question(questions):
+    for replies in (["Yes."], ["Yes."] * 3):
+        with pytest.raises(ValueError, match="zip"):
+            evaluation.share_right(replies, questions)
+
+
+@pytest.mark.parametrize("name", ["isles", "general"])
+def test_the_share_right_of_the_courses_own_answers_is_one(name):
+    from course_lib.data import load_questions
+
+    questions = load_questions(name)
+    own = [item.get("answer", f"I say: {item['value']}.") for item in questions]
+    assert evaluation.share_right(own, questions) == 1.0
+    assert evaluation.share_right(own[1:] + own[:1], questions) < 0.5

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[3]
 sys.path.insert(0, str(ROOT))
 
 LESSON = "week06/05_lora"
-SEEDS, FEW = range(20), range(2)
+SEEDS, EIGHT, FEW = range(20), range(8), range(2)
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 
@@ -32,16 +32,9 @@ def wanted() -> list[dict]:
     """Return the settings of every run, those that the lessons claim most on first."""
     full = {"method": "full", "lr": 4e-4}
     lora = {"method": "lora", "rank": 16, "alpha": 16, "targets": "all-linear", "lr": 4e-3}
-    runs = []
-    for seed in SEEDS:
-        main = [
-            full,
-            lora,
-            lora | {"rank": 1},
-            lora | {"method": "qlora"},
-            full | {"pretrained": False},
-        ]
-        runs += [run | {"part": "methods", "seed": seed} for run in main]
+    one, eight = lora | {"rank": 1, "alpha": 1}, lora | {"rank": 8, "alpha": 8}
+    main = [full, lora, eight, one, lora | {"method": "qlora"}, full | {"pretrained": False}]
+    runs = [each | {"part": "methods", "seed": seed} for seed in SEEDS for each in main]
     for seed in FEW:
         runs += [
             full | {"part": "rates", "seed": seed, "lr": lr}
@@ -51,13 +44,16 @@ def wanted() -> list[dict]:
             lora | {"part": "rates", "seed": seed, "lr": lr}
             for lr in (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
         ]
-        runs += [lora | {"part": "rank", "seed": seed, "rank": rank} for rank in (2, 4, 64)]
+        runs += [
+            lora | {"part": "rank", "seed": seed, "rank": rank, "alpha": rank}
+            for rank in (2, 4, 64)
+        ]
         named = (("q_proj", "v_proj"), ATTENTION, FEED_FORWARD)
         runs += [
             lora | {"part": "matrices", "seed": seed, "targets": list(targets)} for targets in named
         ]
         runs += [lora | {"part": "alpha", "seed": seed, "alpha": alpha} for alpha in (4, 8, 32, 64)]
-    runs += [lora | {"part": "methods", "seed": seed, "rank": 8} for seed in SEEDS]
+    runs += [one | {"part": "scale", "seed": seed, "alpha": 16} for seed in EIGHT]
     return runs
 
 
