@@ -184,7 +184,7 @@ def namespace():
 class TestLesson(LessonTests):
     lesson, wrong, open_question = lesson, WRONG, "6.6"
     tools = ("torch", "NF4", "quantise_all", "dequantise_all")
-    limit_s = 150
+    limit_s = 200
 
     def result_holds(self, values):
         assert values["before"] == 0 and values["after"] >= 0.50
