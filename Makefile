@@ -25,7 +25,7 @@ bench: .venv/.ready          ## tools.run against bare nbclient; training agains
 	$(BIN)/python -m tools.bench_training
 	$(BIN)/python -m tools.bench_loading
 
-evidence: .venv/.ready       ## compute the lessons' stored many-seed results again (an hour on two cores)
+evidence: .venv/.ready       ## compute the lessons' stored many-seed results again (two hours on two cores)
 	for script in lessons/week*/evidence/*.py; do $(BIN)/python $$script || exit 1; done
 
 clean:                       ## remove what was executed; .venv stays

@@ -341,10 +341,9 @@ def test_qlora_answers_within_three_points_of_lora_on_average(runs):
 
 
 def test_every_row_of_the_lessons_table_of_stored_runs_holds_twenty_runs_of_one_setting(runs):
-    (cell,) = [
-        cell for cell in lesson.cells if cell.kind == "code" and 'load_evidence(LESSON, "06_qlora")' in cell.source
-    ]
-    names = {"pd": pd, "LESSON": LESSON, "load_evidence": load_evidence}
+    (cell,) = [cell for cell in lesson.cells if cell.kind == "code" and "runs = stored_runs[" in cell.source]
+    given = {"pd": pd, "LESSON": LESSON, "load_evidence": load_evidence}
+    names = definitions(lesson, "stored_runs", "stored_full", **given)
     exec(compile(cell.source, "stored runs", "exec"), names)
     assert {name: each["runs"] for name, each in names["summary"].items()} == dict.fromkeys(names["named"], 20)
     for group in names["named"].values():
