@@ -29,7 +29,7 @@ SEED = 0  # @param {type: "integer"}
 MODEL = ""  # @param {type: "string"}
 
 # %% [markdown]
-# The plan first. It is the same arithmetic that you will use below on models of your choice:
+# The plan first. It is the same arithmetic that you will use below on models of your choice. (On *tiny* nearly all of its memory is Python and its libraries.)
 
 # %%
 import time
@@ -92,10 +92,10 @@ _ = ax.set(xlabel="value of a weight over its block's absmax", ylim=(-0.7, 2.7))
 # %% [markdown]
 # ### Exercise 6.1: quantise a block
 #
-# *3 points · 12 minutes · medium.* Write `quantise(block, code)`: return the index of the nearest value of `code` for each number of the block divided by its absmax, and the absmax. A block of zeros has the absmax 0 and must not be divided by it; all its indices are those of the value 0.
+# *3 points · 12 minutes · medium.* `code` is a tensor of the allowed values, sixteen as a rule, in any order. Write `quantise(block, code)`: divide the block by its absmax, and return two tensors: for each number the index in `code` of the nearest value, and the absmax (one number). A block of zeros has the absmax 0 and must not be divided by it; all its indices are those of the value 0.
 #
 # <details><summary>Hint</summary>
-# Compare every number with every value at once: give one of them a new axis (<code>scaled[:, None]</code>), and broadcasting makes a table of shape (block, 16). Which function tells the <i>place</i> of the smallest? And what could a block of zeros be divided by without changing?
+# Compare every number with every value at once: give one of them a new axis (<code>scaled[:, None]</code>), and broadcasting makes a table of shape (block, number of values). Which function tells the <i>place</i> of the smallest? And what could a block of zeros be divided by without changing?
 # </details>
 
 
@@ -256,7 +256,7 @@ for _ in range(6):
 publish(found)
 
 # %% [markdown]
-# 4.5 bits without, 4.127 with: 0.373 bits, the paper says, *about 3 GB for a 65B*. The arithmetic can be held against a real object, as bitsandbytes makes it:
+# 4.5 bits without, 4.127 with: that saves 0.373 bits a weight, *about 3 GB* for a 65B, says the paper. The arithmetic can be held against a real object, as bitsandbytes makes it:
 
 # %%
 from bitsandbytes.nn import Linear4bit
@@ -610,7 +610,7 @@ with warnings.catch_warnings():
 }
 
 # %% [markdown]
-# Half of a layer's update is lost in rounding, and the model answers as before (*tiny*, seed 0): the errors are as good as random, and spread over all layers they nearly cancel. peft's warning is right to be there, and a measurement says whether it matters.
+# The rounding adds an error more than half as large as the update itself, and the model answers as before (*tiny*, seed 0). A likely reason is that the errors have no common direction and partly cancel; that was not measured. peft's warning is right to be there, and a measurement says whether it matters.
 #
 # ## 5. Will it fit?
 #
@@ -654,7 +654,7 @@ print(verdict(zephyr, "A100-80", method="full", batch_size=4, length=2048, check
 # %% [markdown]
 # ### What the activations weigh, and what checkpointing costs
 #
-# QLoRA shrinks the weights. It does nothing for the **activations**, what the forward pass keeps for the backward pass: they grow with batch and length. *Checkpointing* keeps only each block's input and computes the rest a second time. **Guess** from which length on the activations of a 7B weigh more than its four-bit weights, without it and with it (batch 1).
+# QLoRA shrinks the weights. It does nothing for the **activations**, what the forward pass keeps for the backward pass: they grow with batch and length. *Checkpointing* keeps only each block's input and computes the rest a second time. **Guess** from which length on the activations of a 7B weigh more than its four-bit weights, without it and with it (batch 1). The weights are 4.1 GB; without checkpointing a token keeps some 6 MB in a 7B, with it about a tenth.
 
 # %%
 lengths = [256, 512, 1024, 2048, 4096]
@@ -834,9 +834,9 @@ lines = {
 pd.Series(lines | {"sum": sum(lines.values())}).round(2)
 
 # %% [markdown]
-# The largest after the weights are Adam's moments. The sum is 44.6 GB, or 41.6 GiB; without double quantisation 3 GB more. Whether that fits "48 GB" depends on whose GB: a card of 48 GiB has 51.5 of ours. *From >780 GB to <48 GB*, says the paper's introduction; 780 are 12 bytes for each of 65 billion. Not all its sizes follow so well: Guanaco 7B is said to take 5 GB, where the first two lines would give 3.9. (This course keeps adapters and their gradients in 32 bits: 3 GB more.)
+# The largest after the weights are Adam's moments. The sum is 44.6 GB, or 41.6 GiB; without double quantisation 3 GB more. Whether that fits "48 GB" depends on whose GB: a card of 48 GiB has 51.5 of ours. *From >780 GB to <48 GB*, says the paper's introduction; 780 are 12 bytes for each of 65 billion. Not all its sizes follow so well: Guanaco 7B, the paper's own QLoRA model, is said to take 5 GB, where the first two lines would give 3.9. (This course keeps adapters and their gradients in 32 bits: 3 GB more.)
 #
-# **Paged optimizers** are for the peaks. Adam's moments are asked for once a step, and activations only between; bitsandbytes can keep the moments in memory that the driver moves between GPU and host (`optim="paged_adamw_8bit"`), so a long row now and then slows a step instead of ending the run. The *8 bit* part is another thing: moments stored in one byte each, a quarter of the size ([Dettmers et al., 2022](https://arxiv.org/abs/2110.02861)). GB of moments that must stay on the GPU, for a 7B with rank 64:
+# **Paged optimizers** are for the peaks. Adam's moments are needed only at the end of a step, activations only before it; bitsandbytes can keep the moments in memory that the driver moves between GPU and host (`optim="paged_adamw_8bit"`), so a long row now and then slows a step instead of ending the run. The *8 bit* part is another thing: moments stored in one byte each, a quarter of the size ([Dettmers et al., 2022](https://arxiv.org/abs/2110.02861)). GB of moments that must stay on the GPU, for a 7B with rank 64:
 
 # %%
 {
@@ -926,14 +926,14 @@ def first_that_fits(name: str, card: str) -> str:
 # %% [markdown]
 # ## 6. Which method for me?
 #
-# The usual table of advice, with what these lessons measured in the place of flames and thumbs (*tiny*, two CPU cores, twenty seeds for *right* and *perplexity*; memory predicted for a 7B in the setting above):
+# The usual table of advice, with measured numbers in the place of stars (*tiny*, two CPU cores, twenty seeds for *right* and *perplexity*; memory predicted for a 7B in the setting above; the last column is advice, not measurement):
 
 # %%
 frame7 = {
     method: verdict(zephyr, "T4", method=method, **HOW).needed.total / 1e9 for method in METHODS
 }
 advice = [
-    ("full tuning", "full", "the data hold much that is new, or the model is small"),
+    ("full tuning", "full", "it fits, or the data hold more that is new than adapters can take"),
     ("LoRA", "lora", "one base for many tasks; 16-bit weights fit"),
     ("QLoRA", "qlora", "16-bit weights do not fit, or barely"),
 ]
@@ -956,7 +956,7 @@ table(
 # %% [markdown]
 # ### Exercise 6.6: think about it (*open*)
 #
-# *3 points · 10 minutes.* You have one L4 (22 GB) for a week and 30,000 conversations of 600 tokens on average, up to 3,000. A colleague wants a 7B with full tuning on a rented machine, another a 13B with QLoRA on the L4. Which run would you start with, with which settings, and which two numbers would you look at after the first hour before letting it go on? What could the planner not tell you?
+# *3 points · 10 minutes.* You have one L4 (22 GiB) for a week and 30,000 conversations of 600 tokens on average, up to 3,000. A colleague wants a 7B with full tuning on a rented machine, another a 13B with QLoRA on the L4. Which run would you start with, with which settings, and which two numbers would you look at after the first hour before letting it go on? What could the planner not tell you?
 
 # %%
 # Exercise 6.6
@@ -1017,7 +1017,7 @@ ax = plots.lines(
 # - NF4's values stand where normally distributed weights are frequent. Formats rank differently by weight error and by what they do to a model; the model decides.
 # - QLoRA trains adapters in 32 bits beside a base that stays in 4: weights are turned back for each use, gradients flow through them, nothing four-bit ever learns.
 # - On the miniature it answered as many questions as LoRA on 16 bits, over twenty seeds.
-# - It shrinks the weights. Activations, which grow with batch and length, want checkpointing, for a third more work in full tuning and up to half more where the base is frozen.
+# - It shrinks the weights. Activations, which grow with batch and length, want checkpointing, by count for a third more work in full tuning and half more where the base is frozen.
 # - Predict before you download; measure; divide.
 
 # %%
