@@ -3,6 +3,7 @@
 import pandas as pd
 import pytest
 import torch
+from bitsandbytes import functional
 from conftest import MACHINES, ROOT
 from exercises import LessonTests, definitions, probed, right_answer, status_of
 
@@ -10,8 +11,6 @@ from course_lib.data import load_evidence
 from course_lib.memory import NF4_BITS, lora_parameters
 from course_lib.profiles import make_plan, model_shape
 from tools.lessons import read_lesson
-
-functional = pytest.importorskip("bitsandbytes.functional")
 
 LESSON = "week06/06_qlora"
 lesson = read_lesson(ROOT / "lessons" / f"{LESSON}.py")

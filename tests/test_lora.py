@@ -21,7 +21,8 @@ def plain(bias=True, dtype=torch.float32):
 
 def four_bits():
     """A layer of 64 inputs and 48 outputs as bitsandbytes keeps it."""
-    bnb = pytest.importorskip("bitsandbytes")
+    import bitsandbytes as bnb
+
     torch.manual_seed(1)
     layer = bnb.nn.Linear4bit(64, 48, bias=True, quant_type="nf4", compute_dtype=torch.float32)
     layer = layer.to("cpu")  # it is quantised as it moves to its device

@@ -2,8 +2,6 @@
 
 import pytest
 
-pytest.importorskip("bitsandbytes")
-
 from course_lib.memory import training_memory
 from course_lib.shapes import model_shape
 from tools.measure_memory import (

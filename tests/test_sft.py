@@ -384,8 +384,6 @@ def lora():
     from peft import LoraConfig, get_peft_model
     from transformers import BitsAndBytesConfig
 
-    pytest.importorskip("bitsandbytes")
-
     def load():
         config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
         base = AutoModelForCausalLM.from_pretrained(MINI, quantization_config=config, dtype=torch.float32)

@@ -5,8 +5,8 @@
 Each run is the lessons' own training on all of their conversations, then all 396 held-out questions and the perplexity of
 text of the kind that pre-training read. The runs named "rates" train without 150 conversations and answer those instead:
 by them the learning rates were chosen, not by the questions. One process a core, one thread each; 50 minutes on two
-cores. A run that was done is kept in runs/evidence/05_lora.jsonl, so that an interrupted computation goes on. Writes
-05_lora.json and 06_qlora.json.
+cores. A run that was done is kept in runs/evidence/05_lora.jsonl, so that an interrupted computation goes on. No times
+are kept, for the runs share the cores. Writes 05_lora.json and 06_qlora.json.
 """
 
 import json
@@ -14,7 +14,6 @@ import os
 import platform
 import sys
 import tempfile
-import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -103,15 +102,12 @@ def run(settings: dict) -> dict:
             seed=seed,
             save_strategy="no",
         )
-        begun = time.perf_counter()
         trainer.train()
-        seconds = time.perf_counter() - begun
     model.eval()
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry][-6:]
     found = {
         "trainable": count_parameters(model)[0],
         "loss": sum(losses) / len(losses),
-        "seconds": seconds,
         "perplexity": perplexity(
             model, text_rows(tokenizer, load_texts("isles")), tokenizer.pad_token_id
         ),
