@@ -1,13 +1,18 @@
-"""How good is it, what changed, and did the weights move at all?
+"""How good is it, what did training change, and is the change to be believed?
 
 Scores are scikit-learn's; here stands what a lesson needs around them.
 """
 
 from __future__ import annotations
 
+import html
 import math
 import re
 import string
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import zip_longest
 
 import numpy as np
 
@@ -15,6 +20,7 @@ from course_lib.batches import check_rows, lm_loss, pad_batch
 from course_lib.chat import IGNORED
 from course_lib.data import tokenize
 from course_lib.errors import DataError, TrainingError, explain_errors
+from course_lib.significance import McNemar, bootstrap_interval, items_needed, mcnemar
 
 
 @explain_errors("prediction")
@@ -57,8 +63,10 @@ def normalise(text: str) -> str:
 
     Rajpurkar et al. 2016 (arXiv 1606.05250), section 6.1.
     """
-    plain = "".join(" " if letter in string.punctuation else letter for letter in text.lower())
-    return " ".join(re.sub(r"\b(a|an|the)\b", " ", plain).split())
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text.lower().translate(_TO_SPACES)).split())
+
+
+_TO_SPACES = str.maketrans(dict.fromkeys(string.punctuation, " "))
 
 
 def exact_match(replies: list[str], answers: list[str]) -> float:
@@ -73,14 +81,17 @@ def share_right(replies: list[str], questions: list[dict]) -> float:
     Right is the whole sentence where a question fixes one ("answer"), else the right words somewhere in the reply
     ("value"). Raises DataError where there are no questions.
     """
+    right = _which_right(replies, questions)
+    return sum(right) / len(right)
+
+
+def _which_right(replies: list[str], questions: list[dict]) -> list[bool]:
     if not questions:
         raise DataError("there are no questions to be right about; plan.asked is the number of them")
+    pairs = list(zip(replies, questions, strict=True))
     if "answer" in questions[0]:
-        return exact_match(replies, [item["answer"] for item in questions])
-    found = [
-        f" {normalise(item['value'])} " in f" {normalise(text)} " for text, item in zip(replies, questions, strict=True)
-    ]
-    return sum(found) / len(found)
+        return [normalise(text) == normalise(item["answer"]) for text, item in pairs]
+    return [f" {normalise(item['value'])} " in f" {normalise(text)} " for text, item in pairs]
 
 
 def load_metric(name: str):
@@ -150,77 +161,424 @@ def text_rows(tokenizer, texts: list[str], max_length: int = 512) -> list[dict]:
     return [{"input_ids": ids, "labels": ids} for ids in encoded["input_ids"]]
 
 
-def accuracy_interval(accuracy: float, num_items: int, z: float = 1.96) -> tuple[float, float]:
-    """Return the Wilson interval (95 % for the default z) of an accuracy measured on so many items. (Week 6, lesson 1.)
+@dataclass(frozen=True, eq=False)
+class Answers:
+    """What a model answered to each item, and whether it was right.
 
-    Wilson 1927; stays within 0 and 1, unlike the textbook's plus-minus.
+    ``right`` is a bool array (n,); ``confidence`` the probability of the right class (n,), None for replies; ``cut``
+    whether a reply stopped at the limit of tokens and not by itself (n,), None where that is not known.
     """
-    centre = accuracy + z * z / (2 * num_items)
-    half = z * math.sqrt(accuracy * (1 - accuracy) / num_items + z * z / (4 * num_items**2))
-    scale = 1 + z * z / num_items
-    return (centre - half) / scale, (centre + half) / scale
+
+    items: list[str]
+    given: list[str]
+    wanted: list[str]
+    right: np.ndarray
+    metric: str
+    confidence: np.ndarray | None = None
+    cut: np.ndarray | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "right", np.asarray(self.right, dtype=bool))
+        each = (self.items, self.given, self.wanted, self.right, self.confidence, self.cut)
+        if len(lengths := {len(values) for values in each if values is not None}) > 1:
+            raise DataError(f"an answer to each item is needed; these have the lengths {sorted(lengths)}")
 
 
-def snapshot(model) -> dict:
-    """Return a copy of every weight on the CPU, to compare with later. (Week 6, lesson 1.)"""
-    return {name: weight.detach().cpu().clone() for name, weight in model.named_parameters()}
+def classified(split, probabilities: np.ndarray, names: list[str]) -> Answers:
+    """Return a classifier's answers to a split with text and label; probabilities as from `predict`. (Week 6, lesson 1.)
 
-
-def weight_changes(before: dict, model):
-    """Return a data frame of how far each part of a model moved: norm of change over norm before. (Week 6, lesson 1.)
-
-    Parts are the embeddings, each layer, the pooler or last norm, and the head. Raises TrainingError where no weight changed or
-    one is not a number: then nothing was learnt, whatever the loss says.
+    Raises DataError where rows or classes do not fit, TrainingError where a probability is not a number.
     """
-    import pandas as pd
-    import torch
-
-    change, norm = {}, {}
-    for name, weight in model.named_parameters():
-        after = weight.detach().cpu().float()
-        if not torch.isfinite(after).all():
-            raise TrainingError(
-                f"{name} holds values that are not numbers; lower the learning rate and start from fresh weights"
-            )
-        part = _part_of(name)
-        change[part] = change.get(part, 0.0) + float((after - before[name].float()).square().sum())
-        norm[part] = norm.get(part, 0.0) + float(before[name].float().square().sum())
-    if not any(change.values()):
-        raise TrainingError("no weight changed: did training run, and were the parameters left trainable?")
-    rows = [(part, math.sqrt(change[part] / norm[part]) if norm[part] else math.inf) for part in change]
-    return pd.DataFrame(rows, columns=["part", "relative change"])
-
-
-def _part_of(name: str) -> str:
-    if found := re.search(r"\.layers?\.(\d+)\.", name):
-        return f"layer {int(found[1]) + 1}"
-    parts = {"embed": "embeddings", "pooler": "pooler", "model.norm": "last norm"}
-    return next((part for sign, part in parts.items() if sign in name), "head")
-
-
-def changes_of_mind(split, before: np.ndarray, after: np.ndarray, names: list[str], count: int = 6):
-    """Return a data frame of the items whose right class gained or lost most probability. (Week 6, lesson 1.)
-
-    First the largest gain in each class, then the largest losses, as many as fill ``count`` rows and are there.
-    """
-    import pandas as pd
-
-    labels = np.array(split["label"])
-    rows = np.arange(len(labels))
-    gain = after[rows, labels] - before[rows, labels]
-    order = np.argsort(gain)
-    best = [max(rows[labels == label], key=lambda row: gain[row]) for label in np.unique(labels)]
-    gains = sorted((row for row in best if gain[row] > 0), key=lambda row: -gain[row])[:count]
-    losses = [row for row in order[: max(0, count - len(gains))] if gain[row] < 0]
-    chosen = [int(row) for row in gains + losses[::-1]]
-    texts = split["text"]
-    return pd.DataFrame(
-        {
-            "text": [texts[int(row)] for row in chosen],
-            "right class": [names[labels[row]] for row in chosen],
-            "p before": before[chosen, labels[chosen]].round(2),
-            "p after": after[chosen, labels[chosen]].round(2),
-            "answer before": [names[before[row].argmax()] for row in chosen],
-            "answer after": [names[after[row].argmax()] for row in chosen],
-        }
+    labels, probabilities = np.array(split["label"], dtype=int), np.asarray(probabilities)
+    if probabilities.shape != (len(labels), len(names)) or not len(labels):
+        raise DataError(
+            f"{len(labels)} items and {len(names)} classes need probabilities of the shape ({len(labels)}, {len(names)}), "
+            f"and at least one item; yours have {probabilities.shape}"
+        )
+    if not np.isfinite(probabilities).all():
+        raise TrainingError("a probability is not a number: the weights broke in training; lower the learning rate")
+    answers = probabilities.argmax(axis=1)
+    return Answers(
+        items=list(split["text"]),
+        given=[names[answer] for answer in answers],
+        wanted=[names[label] for label in labels],
+        right=answers == labels,
+        metric="accuracy",
+        confidence=probabilities[np.arange(len(labels)), labels].astype(float),
     )
+
+
+def replied(questions: list[dict], replies: list[str], tokenizer=None, max_new_tokens: int | None = None) -> Answers:
+    """Return a model's replies to `data.load_questions`' questions as answers, right as in `share_right`. (Week 6, lesson 4.)
+
+    With the tokenizer and the limit that the replies were written with, a reply of that many tokens counts as cut.
+    Raises DataError where there are no questions.
+    """
+    right, cut = _which_right(replies, questions), None
+    if tokenizer is not None and max_new_tokens:
+        encoded = tokenizer(list(replies), add_special_tokens=False)["input_ids"]
+        cut = np.array([len(ids) >= max_new_tokens for ids in encoded])
+    return Answers(
+        items=[item["question"] for item in questions],
+        given=list(replies),
+        wanted=[item["answer"] if "answer" in item else item["value"] for item in questions],
+        right=np.array(right),
+        metric="questions answered rightly",
+        cut=cut,
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The same items answered before and after training, with the run's losses (step, loss) and weights; see `compare`.
+
+    Shown as a table with its warnings; ``summary()`` and ``examples()`` are data frames.
+    """
+
+    before: Answers
+    after: Answers
+    losses: list[tuple[int, float]]
+    held_out: list[tuple[int, float]]
+    weights: object = None
+    warnings: tuple[str, ...] = ()
+
+    @property
+    def metric(self) -> str:
+        """Return the name of the score."""
+        return self.after.metric
+
+    @property
+    def score_before(self) -> float:
+        """Return the share of right answers before."""
+        return float(self.before.right.mean())
+
+    @property
+    def score_after(self) -> float:
+        """Return the share of right answers after."""
+        return float(self.after.right.mean())
+
+    @property
+    def change(self) -> float:
+        """Return the score after less the score before."""
+        return self.score_after - self.score_before
+
+    @cached_property
+    def interval(self) -> tuple[float, float]:
+        """Return the bootstrapped 95 % interval of the change."""
+        return bootstrap_interval(self.before.right, self.after.right)
+
+    @cached_property
+    def mcnemar(self) -> McNemar:
+        """Return McNemar's test of the change."""
+        return mcnemar(self.before.right, self.after.right)
+
+    def summary(self):
+        """Return a data frame, a row a metric: before, after, change, its 95 % interval and p; items gained and lost."""
+        import pandas as pd
+
+        test = self.mcnemar
+        counts = [_p(test.p_value), test.gained, test.lost]
+        rows = [[self.metric, self.score_before, self.score_after, self.change, _span(self.interval), *counts]]
+        others = {"probability of the right class": "confidence", "replies cut at the limit": "cut"}
+        for name, field in others.items():
+            before, after = getattr(self.before, field), getattr(self.after, field)
+            if before is not None and after is not None:
+                means = [float(before.mean()), float(after.mean())]
+                span = _span(bootstrap_interval(before, after))
+                rows.append([name, *means, means[1] - means[0], span, "", "", ""])
+        columns = ["metric", "before", "after", "change", "95 % interval of the change", "p", "gained", "lost"]
+        return pd.DataFrame(rows, columns=columns).round(3)
+
+    def examples(self, count: int | None = None):
+        """Return a data frame of the answers that changed: gained and lost alternately, then the rest.
+
+        ``change`` is "gained", "lost", "wrong, otherwise" or "right, otherwise" (another reply), or, for a classifier's
+        same answer, "right, surer", "right, less sure", "wrong, nearer" or "wrong, further". Those whose right class
+        moved most come first, of each class in turn. All of them, or the first ``count``.
+        """
+        import pandas as pd
+
+        before, after = self.before, self.after
+        sure = before.confidence is not None and after.confidence is not None
+        moved = after.confidence - before.confidence if sure else np.zeros(len(after.items))
+        named = [_named(before, after, moved, number) for number in range(len(moved))]
+        order = sorted(
+            (number for number in range(len(moved)) if named[number]), key=lambda number: -abs(moved[number])
+        )
+        groups = (
+            [number for number in order if named[number] == name] for name in ("gained", "lost", "wrong, otherwise")
+        )
+        gained, lost, otherwise = (_in_turn(numbers, after.wanted) for numbers in groups)
+        chosen = [number for pair in zip_longest(gained, lost) for number in pair if number is not None] + otherwise
+        chosen += [number for number in order if named[number] not in ("gained", "lost", "wrong, otherwise")]
+        columns = {"item": after.items, "wanted": after.wanted, "before": before.given, "after": after.given}
+        columns["change"] = named
+        if sure:
+            columns |= {"p before": before.confidence.round(2), "p after": after.confidence.round(2)}
+        return pd.DataFrame(columns).iloc[chosen[:count]].reset_index(drop=True)
+
+    def __repr__(self) -> str:
+        return "\n".join([self.summary().to_string(index=False), *(f"Warning: {text}" for text in self.warnings)])
+
+    def _repr_html_(self) -> str:
+        told = "".join(
+            f"<p style='margin:4px 0'><b style='color:#b03a00'>&#9888; Warning:</b> {html.escape(text)}</p>"
+            for text in self.warnings
+        )
+        return self.summary().to_html(index=False, border=0) + told
+
+
+def _span(interval: tuple[float, float]) -> str:
+    return f"{interval[0]:+.3f} to {interval[1]:+.3f}"
+
+
+def _p(value: float) -> str:
+    return "below 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def _named(before: Answers, after: Answers, moved: np.ndarray, number: int) -> str:
+    """Return what became of an item; nothing where its answer is the same to the letter and to the probability."""
+    was, now, same = before.right[number], after.right[number], before.given[number] == after.given[number]
+    if was != now:
+        return "gained" if now else "lost"
+    if same and not moved[number]:
+        return ""
+    closer, farther = ("surer", "less sure") if now else ("nearer", "further")
+    kind = (closer if moved[number] > 0 else farther) if same else "otherwise"
+    return f"{'right' if now else 'wrong'}, {kind}"
+
+
+def _in_turn(numbers: list[int], wanted: list[str]) -> list[int]:
+    """Return items ordered so that each class has its first, then each its second, and so on."""
+    seen, ranks = Counter(), {}
+    for number in numbers:
+        ranks[number] = seen[wanted[number]]
+        seen[wanted[number]] += 1
+    return sorted(numbers, key=ranks.get)
+
+
+def compare(before: Answers, after: Answers, *, history=(), weights=None, trained_on=()) -> Comparison:
+    """Return a comparison of the same items answered before and after training, with warnings. (Week 6, lesson 1.)
+
+    ``history`` is a Trainer's log_history or `train.fit`'s log, ``weights`` a frame from `weights.weight_changes`,
+    ``trained_on`` the texts that were trained on. Raises DataError for other items or none; TrainingError where nothing
+    can have been learnt: a loss is not a number, every loss is 0, no weight moved, or all answers are the very same
+    with no proof that a weight moved.
+    """
+    _check_same_items(before, after)
+    losses, held_out = _points(history, "loss"), _points(history, "eval_loss")
+    _check_losses(history, losses, held_out)
+    moved = weights is not None and bool((weights["relative change"] > 0).any())
+    same = before.given == after.given and (
+        before.confidence is None or np.array_equal(before.confidence, after.confidence)
+    )
+    if (weights is not None and not moved) or (same and not moved):
+        seen = f"all {len(after.items)} answers are the very same as before" if same else "no weight moved"
+        raise TrainingError(
+            f"nothing was learnt: {seen}. Was the trained model asked, did training run, and were its parameters left "
+            "trainable? (compare(..., weights=weight_changes(...)) shows whether weights moved)"
+        )
+    found = Comparison(before, after, losses, held_out, weights)
+    told = [warning for warn in _WARNINGS if (warning := warn(found))]
+    if leak := _leak(after.items, trained_on):
+        told.append(leak)
+    return replace(found, warnings=tuple(told))
+
+
+def _check_same_items(before: Answers, after: Answers) -> None:
+    if not after.items or not before.items:
+        raise DataError("there are no items to compare on; give at least one")
+    for field in ("metric", "items", "wanted"):
+        one, other = getattr(before, field), getattr(after, field)
+        if one != other:
+            told = f"{len(one)} and {len(other)} items" if field == "items" and len(one) != len(other) else field
+            raise DataError(
+                f"before and after are not of the same items ({told} differ): ask both models the same ones"
+            )
+
+
+def _points(history, name: str) -> list[tuple[int, float]]:
+    return [(entry.get("step", number), float(entry[name])) for number, entry in enumerate(history) if name in entry]
+
+
+def _check_losses(history, losses: list, held_out: list) -> None:
+    for kind, points in (("training", losses), ("held-out", held_out)):
+        for step, loss in points:
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    f"the {kind} loss is {loss} at step {step}: the run broke; start from fresh weights with a lower "
+                    "learning rate"
+                )
+    hidden = [entry for entry in history if entry.get("loss") == 0 and math.isnan(float(entry.get("grad_norm") or 0))]
+    if losses and (hidden or not any(loss for _, loss in losses)):
+        step = hidden[0].get("step", 0) if hidden else losses[0][0]
+        raise TrainingError(
+            f"every training loss is 0 from step {step} on: no token or label was learnt (are all labels -100?), or the "
+            "loss is not a number and the Trainer logs it as 0; look at one batch's labels and lower the learning rate"
+        )
+
+
+# --- warnings: each returns a sentence, or nothing on a healthy comparison
+
+
+def _untold(found: Comparison) -> str:
+    test, items, (low, high) = found.mcnemar, len(found.after.items), found.interval
+    if not low <= 0 <= high and test.p_value <= 0.05:
+        return ""
+    text = (
+        f"The change of {found.change:+.3f} is not told apart from none: {test.gained} of {items} items gained, {test.lost} "
+        f"lost, 95 % interval {_span(found.interval)}, p = {_p(test.p_value)}."
+    )
+    needed = items_needed(test.gained / items, test.lost / items) if test.gained != test.lost else 0
+    if needed <= items:
+        return text + " Ask more items before you believe it."
+    return f"{text} A change of this size would show in four of five tries with about {needed:,} items."
+
+
+def _worse(found: Comparison) -> str:
+    if found.change >= 0:
+        return ""
+    return (
+        f"After training fewer answers are right than before ({found.score_before:.3f} before, {found.score_after:.3f} "
+        "after): look at the lost examples, and at the learning rate, the template and the labels."
+    )
+
+
+def _one_answer(found: Comparison) -> str:
+    items = len(found.after.items)
+    answer, named = Counter(text.strip() for text in found.after.given).most_common(1)[0]
+    true = Counter(text.strip() for text in found.after.wanted).most_common(1)[0][1]
+    if named < 0.9 * items or true > 0.7 * items:
+        return ""
+    return (
+        f"{named} of {items} items get the same answer, {answer[:60]!r}, though no answer is right for more than {true}: "
+        "look at the order of the training rows, the labels' ids and the learning rate."
+    )
+
+
+def _cut_off(found: Comparison) -> str:
+    cut = found.after.cut
+    if cut is None or cut.mean() <= 0.2:
+        return ""
+    return (
+        f"{int(cut.sum())} of {len(cut)} replies are cut at the limit of tokens: perhaps the end of a reply is not learnt "
+        "(is its closing mark among the labels, and not masked as padding?), or max_new_tokens is too low."
+    )
+
+
+def _held_out_rose(found: Comparison) -> str:
+    if not found.held_out:
+        return ""
+    (step, lowest), (end, last) = min(found.held_out, key=lambda point: point[1]), found.held_out[-1]
+    if last <= 1.05 * lowest:
+        return ""
+    return (
+        f"The held-out loss rose from {lowest:.3f} at step {step} to {last:.3f} at step {end}: what the model "
+        f"learnt since does not carry over. Train for fewer steps or at a lower rate, or keep the weights of step {step} "
+        "(load_best_model_at_end)."
+    )
+
+
+def _fall(losses: list[tuple[int, float]]) -> tuple[float, float, float]:
+    """Return the medians of the first and of the last fifth of the losses, and the noise of their difference.
+
+    A run that leaps up at once, by more than its noise, has its beginning in the first two losses, before the leap.
+    The noise is one standard error, from second differences, which a steady fall does not enter (0 below five losses).
+    """
+    values = np.array([loss for _, loss in losses])
+    fifth = max(1, len(values) // 5)
+    noise = spread = 0.0
+    if len(values) >= 5:
+        spread = np.median(np.abs(np.diff(values, n=2))) / (0.6745 * math.sqrt(6))
+        noise = 1.25 * spread * math.sqrt(2 / fifth)
+    first, earliest = np.median(values[:fifth]), values[:2].mean()
+    if first - earliest > max(0.05 * abs(earliest), 2 * spread):
+        first = earliest
+    return float(first), float(np.median(values[-fifth:])), float(noise)
+
+
+def _loss_stood(found: Comparison) -> str:
+    if len(found.losses) < 2:
+        return ""
+    first, last, noise = _fall(found.losses)
+    least = max(0.01 * abs(first), noise)
+    if first - last > least:
+        return ""
+    advice = "at whether the labels fit the rows, and at which parameters are trained."
+    if last - first > least:
+        return f"The training loss ends above where it began ({first:.3f} to {last:.3f}): lower the learning rate; look {advice}"
+    return f"The training loss did not fall ({first:.3f} to {last:.3f}, no more than its noise): look at the learning rate, {advice}"
+
+
+def _moved_far(found: Comparison) -> str:
+    if found.weights is None:
+        return ""
+    far = found.weights[found.weights["relative change"].between(1, math.inf, inclusive="neither")]
+    if "part" in far and found.after.confidence is not None:
+        far = far[far["part"] != "head"]  # a classifier's head starts random, and small
+    if far.empty:
+        return ""
+    row = far.loc[far["relative change"].idxmax()]
+    name = row["part"] if "part" in row else f"layer {row['layer']}'s {row['matrix']}"
+    return (
+        f"The weights of the {name} moved by {row['relative change']:.1f} times their own size: little of what "
+        "pre-training had put there is left; lower the learning rate."
+    )
+
+
+def _score_stood(found: Comparison) -> str:
+    if len(found.losses) < 2 or abs(found.change) >= 0.01:
+        return ""
+    first, last, noise = _fall(found.losses)
+    if first - last <= max(0.1 * abs(first), noise):
+        return ""
+    return (
+        f"The training loss fell from {first:.3f} to {last:.3f} but the score did not move ({found.score_before:.3f} before, "
+        f"{found.score_after:.3f} after): are the items asked in the form that was trained on (template, label names), and does "
+        "the score count what was taught?"
+    )
+
+
+_WARNINGS = (_untold, _worse, _one_answer, _cut_off, _held_out_rose, _loss_stood, _moved_far, _score_stood)
+RUN = 10  # words in a row that two texts hardly share by chance
+
+
+def _leak(items: list[str], trained_on) -> str:
+    """Return a warning where test items stand among the training texts, whole or by a run of words, once normalised.
+
+    Runs that many items share are a template's, and count for nothing.
+    """
+    texts = list(trained_on)
+    if isinstance(trained_on, (str, dict)) or not all(isinstance(text, str) for text in texts):
+        raise DataError(
+            "trained_on is a list of texts, one or more a training row, and no single text, messages or token ids"
+        )
+    whole, runs = {}, {}
+    for number, item in enumerate(items):
+        text = normalise(item)
+        whole.setdefault(text, set()).add(number)
+        for run in _runs(text):
+            runs.setdefault(run, set()).add(number)
+    common = max(2, len(items) // 20)
+    runs = {run: numbers for run, numbers in runs.items() if len(numbers) <= common}
+    whole.pop("", None)
+    equal, shared = set(), {}
+    for text in map(normalise, texts):
+        equal |= whole.get(text, set())
+        for run in _runs(text):
+            if run in runs:
+                shared |= dict.fromkeys(runs[run], run)
+    partly = [number for number in sorted(shared) if number not in equal]
+    if not equal and not partly:
+        return ""
+    shown = items[min(equal)][:80] if equal else " ".join(shared[partly[0]])
+    return (
+        f"{len(equal) + len(partly)} of {len(items)} test items share words with the training texts ({len(equal)} whole, "
+        f"{len(partly)} by {RUN} words in a row), such as {shown!r}: take what was trained on out of the test, or the score "
+        "counts what is known by heart."
+    )
+
+
+def _runs(text: str):
+    words = text.split()
+    return zip(*(words[start:] for start in range(RUN)), strict=False)

@@ -1,11 +1,16 @@
 """Charts that return their Axes; colours that colour-blind readers tell apart, and never colour alone.
 
-Knows nothing of models: everything comes in as numbers and names.
+Knows nothing of models: everything comes in as numbers and names. In a notebook every figure carries a text that
+describes it, for readers who do not see it.
 """
 
 from __future__ import annotations
 
 import numpy as np
+
+from course_lib.alttext import attach, short
+from course_lib.errors import DataError
+from course_lib.significance import accuracy_interval
 
 # Okabe and Ito 2008, without the yellow that vanishes on white.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000"]
@@ -18,6 +23,7 @@ def new_axes(columns: int = 1, *, rows: int = 1, width: float = 6.4, height: flo
     import matplotlib.pyplot as plt
 
     _, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", **options)
+    attach()
     for ax in np.atleast_1d(axes).flat:
         ax.spines[["top", "right"]].set_visible(False)
         ax.grid(axis="y", alpha=0.25)
@@ -33,14 +39,66 @@ def confusion(matrices: dict[str, np.ndarray], names: list[str]):
     axes = np.atleast_1d(new_axes(len(matrices), width=3.9 * len(matrices), height=3.5))
     for ax, (title, counts) in zip(axes, matrices.items(), strict=True):
         share = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
-        ax.imshow(share, cmap="Blues", vmin=0, vmax=1)
-        for (row, column), count in np.ndenumerate(counts):
-            colour = "white" if share[row, column] > 0.55 else "black"
-            ax.text(column, row, f"{count}", ha="center", va="center", color=colour, fontsize=11)
-        ax.set_xticks(range(len(names)), names, fontsize=9)
-        ax.set_yticks(range(len(names)), names, fontsize=9)
+        _cells(ax, share, np.char.mod("%d", counts), names, names, vmin=0, vmax=1, size=11)
         ax.set(xlabel="predicted", ylabel="true", title=title)
-        ax.grid(visible=False)
+    return axes
+
+
+def _cells(ax, shades, texts, rows, columns, *, vmin=None, vmax=None, size=9, aspect="equal"):
+    """Draw shaded cells with a text each, in black or white, whichever stands out more."""
+    image = ax.imshow(shades, cmap="Blues", vmin=vmin, vmax=vmax, aspect=aspect)
+    for (row, column), text in np.ndenumerate(texts):
+        linear = np.array(image.cmap(image.norm(shades[row, column]))[:3])
+        linear = np.where(linear <= 0.04045, linear / 12.92, ((linear + 0.055) / 1.055) ** 2.4)
+        colour = "black" if linear @ (0.2126, 0.7152, 0.0722) > 0.179 else "white"  # WCAG: 4.58 to 1 or more
+        ax.text(column, row, text, ha="center", va="center", color=colour, fontsize=size)
+    ax.set_xticks(range(len(columns)), columns, fontsize=min(size, 9))
+    ax.set_yticks(range(len(rows)), rows, fontsize=min(size, 9))
+    ax.grid(visible=False)
+    return image
+
+
+def heat_map(values, rows, columns, *, xlabel="", ylabel="", title="", digits: int = 2, ax=None, vmin=None, vmax=None):
+    """Draw numbers, shape (rows, columns), as cells that are the darker the larger; return the Axes. (Week 6, lesson 4.)
+
+    Every cell says its number; NaN is an empty cell. Beyond 300 cells a colour bar stands for the numbers.
+    """
+    values = np.asarray(values, dtype=float)
+    if values.shape != (len(rows), len(columns)):
+        raise DataError(f"{values.shape} values for {len(rows)} rows and {len(columns)} columns; turn them with .T?")
+    wide = min(9.5, 1.6 + 0.62 * len(columns))
+    ax = ax if ax is not None else new_axes(width=wide, height=min(8.0, 1.0 + 0.32 * len(rows)))
+    texts = [["" if np.isnan(value) or values.size > 300 else f"{value:.{digits}f}" for value in row] for row in values]
+    image = _cells(ax, values, np.array(texts), rows, columns, vmin=vmin, vmax=vmax, aspect="auto")
+    if values.size > 300:
+        ax.figure.colorbar(image, ax=ax)
+    ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    return ax
+
+
+def token_heat(
+    tokens: list[str], values: dict[str, list[float]], *, per_line: int = 12, digits: int = 1, ylabel: str = ""
+):
+    """Draw a number a token, one row a model and as many tokens a line; return the Axes, one a line. (Week 6, lesson 4.)
+
+    ``values`` maps a model's name to a number a token; ``ylabel`` says what they are. A space is shown as a middle dot,
+    a line break as an arrow; all lines have the same scale.
+    """
+    table = np.array([list(row) for row in values.values()], dtype=float)  # (models, tokens)
+    shown = [token.replace("\n", "\u21b5").replace(" ", "\u00b7") for token in tokens]
+    shown = [token if len(token) <= 10 else f"{token[:9]}\u2026" for token in shown]
+    lines_ = range(0, len(tokens), per_line)
+    height = len(lines_) * (0.42 + 0.3 * len(values)) + 0.3
+    axes = new_axes(rows=len(lines_), width=9.5, height=height, squeeze=False)[:, 0]
+    limits = {"vmin": np.nanmin(table), "vmax": np.nanmax(table)}
+    for ax, start in zip(axes, lines_, strict=True):
+        part = slice(start, start + per_line)
+        heat_map(table[:, part], list(values), shown[part], digits=digits, ax=ax, **limits)
+        ax.set_xlim(-0.5, min(per_line, len(tokens)) - 0.5)
+        ax.xaxis.tick_top()
+        ax.tick_params(length=0)
+        ax.spines[:].set_visible(False)
+    axes[0].set_title(ylabel, loc="left", fontsize=10)
     return axes
 
 
@@ -60,7 +118,7 @@ def lines(
         style = {
             "color": COLOURS[number % len(COLOURS)],
             "linestyle": LINES[number % len(LINES)],
-            "marker": MARKERS[number % len(MARKERS)] if markers or error else None,
+            "marker": MARKERS[number % len(MARKERS)] if markers or error or len(x) == 1 else None,
             "label": name,
             "linewidth": 1.8,
         }
@@ -114,7 +172,7 @@ def training(history: list[dict], *, axes=None):
 
 
 def histogram(groups: dict[str, np.ndarray], *, xlabel: str, ylabel: str = "items", limit: float | None = None):
-    """Draw overlaid histograms of lengths or scores, with a dashed line at a limit; return the Axes. (Week 6, lesson 1.)"""
+    """Draw overlaid histograms of lengths or scores, with a thick black line at a limit; return the Axes. (Week 6, lesson 1.)"""
     ax = new_axes()
     edges = np.histogram_bin_edges(np.concatenate([np.asarray(values) for values in groups.values()]), bins=15)
     for number, (name, values) in enumerate(groups.items()):
@@ -128,7 +186,7 @@ def histogram(groups: dict[str, np.ndarray], *, xlabel: str, ylabel: str = "item
             label=name,
         )
     if limit is not None:
-        ax.axvline(limit, color="grey", linewidth=2.5, label=f"limit {limit:g}")
+        ax.axvline(limit, color="black", linewidth=2.5, label=f"limit {limit:g}")
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(frameon=False, fontsize=9)
     return ax
@@ -158,3 +216,180 @@ def probabilities(panels: dict[str, np.ndarray], names: list[str]):
         ax.grid(visible=False)
     axes[0].invert_yaxis()  # shared by all
     return axes
+
+
+GAINED, LOST = COLOURS[0], COLOURS[1]
+
+
+def before_after(comparison):
+    """Draw an `evaluation.Comparison` as one figure; return its Axes, two to four. (Week 6, lesson 1.)
+
+    The score before and after, and the change drawn from the score before, each with its 95 % interval (an estimation plot,
+    Gardner and Altman 1986); the loss, if there is any; how many items changed sides; how far the weights moved, if measured.
+    """
+    panels = {_draw_scores: True, _draw_losses: comparison.losses or comparison.held_out, _draw_sides: True}
+    panels = [draw for draw, given in panels.items() if given]
+    panels += [_draw_weights] if comparison.weights is not None else []
+    axes = new_axes(len(panels), width=9.5 if len(panels) > 2 else 6.4, height=3.0)
+    told = []
+    for draw, ax in zip(panels, axes, strict=True):
+        told.append(draw(ax, comparison))
+        ax.tick_params(labelsize=8.5)
+        for text in (ax.title, ax.xaxis.label, ax.yaxis.label):
+            text.set_fontsize(10 if text is ax.title else 9)
+    axes[0].figure.course_data = " ".join(told)
+    return axes
+
+
+def _draw_scores(ax, comparison) -> str:
+    count, (low, high) = len(comparison.before.right), comparison.interval
+    before, after, change = comparison.score_before, comparison.score_after, comparison.change
+    points = [
+        (before, *accuracy_interval(before, count), f"{before:.2f}", {"marker": "o", "markerfacecolor": "white"}),
+        (after, *accuracy_interval(after, count), f"{after:.2f}", {"marker": "o"}),
+        (after, before + low, before + high, f"{change:+.2f}", {"marker": "D", "color": "black"}),
+    ]
+    ax.plot([0, 2.4], [before, before], color="grey", linewidth=1, linestyle=":")  # where no change would stand
+    for place, (score, lower, upper, told, style) in enumerate(points):
+        error = np.maximum([[score - lower], [upper - score]], 0)
+        ax.errorbar([place], [score], yerr=error, **{"color": GAINED, "capsize": 3, "linestyle": "none"} | style)
+        ax.annotate(told, (place, max(upper, score)), (0, 4), textcoords="offset points", ha="center", fontsize=10)
+    ax.set_xticks(range(3), ["before", "after", "change"])
+    ax.set_yticks(np.arange(0, 1.01, 0.25))
+    ax.set(xlim=(-0.5, 2.5), ylim=(min(0, before + low) - 0.02, max(1, before + high) + 0.12), ylabel=comparison.metric)
+    ax.set(title=f"{before:.2f} before, {after:.2f} after", xlabel=f"{count} items, 95 % intervals")
+    change_told = f"a change of {change:+.2f}, 95 % interval {low:+.2f} to {high:+.2f}"
+    return f"{comparison.metric}: {before:.2f} before, {after:.2f} after on {count} items, {change_told}."
+
+
+def _draw_losses(ax, comparison) -> str:
+    named = {"train": comparison.losses, "held-out": comparison.held_out}
+    named = {name: np.array(points, dtype=float).T for name, points in named.items() if points}  # (2, points)
+    lines({name: tuple(points) for name, points in named.items()}, xlabel="step", ylabel="loss", ax=ax)
+    told = [f"{name} {loss[0]:.2f} to {loss[-1]:.2f}" for name, (_, loss) in named.items()]
+    ax.set(title=f"Loss: {told[0]}")
+    return f"Loss: {', '.join(told)}."
+
+
+def _draw_sides(ax, comparison) -> str:
+    before, after = np.asarray(comparison.before.right, bool), np.asarray(comparison.after.right, bool)
+    counts = {"still right": before & after, "gained": ~before & after, "lost": before & ~after}
+    counts = {name: int(which.sum()) for name, which in (counts | {"still wrong": ~before & ~after}).items()}
+    look = {"color": ["white", GAINED, "#F6C9AA", "white"], "hatch": ["", "", "////", "...."], "edgecolor": "black"}
+    drawn = ax.barh(list(counts), list(counts.values()), **look, height=0.65)
+    ax.bar_label(drawn, fmt="%d", padding=3, fontsize=9)
+    ax.invert_yaxis()
+    ax.grid(visible=False)
+    ax.margins(x=0.18)
+    p_value = comparison.mcnemar.p_value
+    test = f"McNemar's p {f'= {p_value:.3f}' if p_value >= 0.001 else '< 0.001'}"
+    ax.set(title=f"{counts['gained']} gained, {counts['lost']} lost", xlabel=f"items ({test})")
+    return f"Items: {', '.join(f'{count} {name}' for name, count in counts.items())} ({test})."
+
+
+def _draw_weights(ax, comparison) -> str:
+    frame = comparison.weights
+    moved = 100 * frame.groupby("part" if "part" in frame else "layer", sort=False)["relative change"].mean()
+    moved = moved[np.isfinite(moved)]  # what began at zero has no relative change
+    names = [name if isinstance(name, str) else f"layer {name}" for name in moved.index]
+    drawn = ax.barh(names, moved, color=COLOURS[4], edgecolor="black", height=0.65)
+    if len(names) <= 12:
+        ax.bar_label(drawn, labels=[short(share, 2) for share in moved], padding=3, fontsize=8)
+    ax.set_yticks(range(0, len(names), -(-len(names) // 16)))
+    ax.invert_yaxis()
+    ax.grid(visible=False)
+    ax.margins(x=0.25)
+    most = names[int(moved.argmax())]
+    ax.set(title=f"Moved most: {most}", xlabel="change, % of size before")
+    return f"Weights: {most} moved most, by {short(moved.max(), 2)} % of its size before."
+
+
+def arrows(before, after, *, labels=None, xlabel: str = "probability of the right class", ylabel: str = "items"):
+    """Draw each item's number before (open mark) and after (head), largest gain on top; return the Axes. (Week 6, lesson 1.)
+
+    Gains point right on full lines, losses left on broken ones. Of more than 60 items it draws 60, evenly spread over
+    the ranks of the change; the counts are of all.
+    """
+    before, after = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    change = after - before
+    if not change.size:
+        raise DataError("there are no items to draw arrows for")
+    order = np.argsort(change, kind="stable")
+    order = order[np.linspace(0, len(order) - 1, min(60, len(order))).round().astype(int)]
+    drawn, rows = len(order), np.arange(len(order))
+    size = 0.06 if labels is None else 0.24 if drawn <= 20 else 0.15
+    ax = new_axes(width=6.4 if labels is None else 8.0, height=1.2 + size * drawn)
+    ax.plot(before[order], rows, "o", color="black", markerfacecolor="white", markersize=4.5, label="before", zorder=3)
+    for name, sign, colour, style, head in (("gain", 1, GAINED, "-", ">"), ("loss", -1, LOST, "--", "<")):
+        chosen = np.sign(change[order]) == sign
+        ax.hlines(
+            rows[chosen], before[order][chosen], after[order][chosen], color=colour, linestyle=style, linewidth=1.3
+        )
+        ax.plot(after[order][chosen], rows[chosen], head, color=colour, markersize=5.5, zorder=4)
+        label = f"{name}, {(np.sign(change) == sign).sum()} items"
+        ax.plot([], [], color=colour, linestyle=style, marker=head, label=label)
+    title = f"{drawn} of {len(change)} items, evenly spread over the change" if drawn < len(change) else ""
+    ax.set(xlabel=xlabel, ylabel=ylabel if labels is None else "", title=title)
+    names = [
+        f"{label[:47]}\u2026" if len(label) > 48 else label for label in map(str, [] if labels is None else labels)
+    ]
+    ax.set_yticks(
+        rows if names else [], [names[item] for item in order] if names else [], fontsize=9 if drawn <= 20 else 7
+    )
+    ax.margins(y=0.5 / drawn + 0.02)
+    ax.grid(axis="x", alpha=0.25)
+    ax.figure.legend(frameon=False, fontsize=9, ncols=3, loc="outside lower center")
+    ax.figure.course_data = (
+        f"Arrows, {xlabel}: of {len(change)} items {(change > 0).sum()} gain and {(change < 0).sum()} lose; the changes go from "
+        f"{change.min():+.2f} to {change.max():+.2f}, the median is {np.median(change):+.2f}."
+    )
+    return ax
+
+
+def flows(matrices: dict[str, np.ndarray], names: list[str]):
+    """Draw how answers changed, a panel a right class, as ribbons from answer before to answer after; return the Axes. (Week 6, lesson 1.)
+
+    ``matrices`` maps a right class to counts of its items, shape (classes before, classes after). Ribbons that end at
+    the right class are filled, others hatched. Raises DataError for a title that is no class, or another shape.
+    """
+    for title, counts in matrices.items():
+        if title not in names or np.shape(counts) != (len(names), len(names)):
+            wanted = f"a class ({', '.join(names)}) with {len(names)} x {len(names)} counts, before by after"
+            raise DataError(f"each panel of flows is {wanted}; you gave {title!r} with shape {np.shape(counts)}")
+    columns, rows = min(2, len(matrices)), -(-len(matrices) // 2)
+    axes = new_axes(columns, rows=rows, width=4.75 * columns, height=0.4 + 2.4 * rows, squeeze=False).flatten()
+    for ax in axes[len(matrices) :]:
+        ax.remove()
+    axes = axes[: len(matrices)]
+    for ax, (title, counts) in zip(axes, matrices.items(), strict=True):
+        _ribbons(ax, np.asarray(counts), names, names.index(title))
+    axes[0].figure.course_data = f"Ribbons from answers before to after. {'; '.join(ax.get_title() for ax in axes)}."
+    return axes
+
+
+def _ribbons(ax, counts, names, right):
+    sums = counts.sum(axis=1), counts.sum(axis=0)
+    gap = 0.1 * max(counts.sum(), 1)
+    tops = [np.cumsum([0, *(total + gap * (total > 0))])[:-1].astype(float) for total in sums]
+    for side, (place, align) in enumerate(((-0.03, "right"), (1.03, "left"))):
+        for number in np.flatnonzero(sums[side]):
+            weight = "bold" if number == right else "normal"
+            middle = tops[side][number] + sums[side][number] / 2
+            told = f"{names[number]} {sums[side][number]}"
+            ax.text(place, middle, told, ha=align, va="center", fontsize=9, fontweight=weight)
+    ends = [top[-1] + total[-1] for top, total in zip(tops, sums, strict=True)]
+    ax.set(xlim=(-0.55, 1.55), ylim=(max(ends) + gap / 4, -gap / 4))
+    across = np.linspace(0, 1, 40)
+    for start, end in zip(*np.nonzero(counts), strict=True):
+        top = tops[0][start] + (tops[1][end] - tops[0][start]) * across**2 * (3 - 2 * across)
+        look = {"facecolor": COLOURS[4], "zorder": 2} if end == right else {"facecolor": "white", "hatch": "////"}
+        ax.fill_between(across, top, top + counts[start, end], edgecolor="#444444", linewidth=0.6, **look)
+        tops[0][start] += counts[start, end]  # where the next ribbon begins
+        tops[1][end] += counts[start, end]
+    told = f"{names[right]}: {sums[0][right]} of {counts.sum()} right before, {sums[1][right]} after"
+    ax.set_title(told, fontsize=10)
+    ax.set_xticks([0, 1], ["before", "after"])
+    ax.set_yticks([])
+    ax.spines[:].set_visible(False)
+    ax.tick_params(length=0)
+    ax.grid(visible=False)

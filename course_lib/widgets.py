@@ -54,27 +54,72 @@ def live_chart(seconds: float = 2.0):
     return LiveChart()
 
 
-def table(frame, *, wrap: str = "text"):
-    """Return a data frame as an HTML table whose ``wrap`` column breaks its lines instead of being cut. (Week 6, lesson 1.)
+def table(frame, *, wrap: str | tuple[str, ...] = "text"):
+    """Return a data frame as an HTML table whose ``wrap`` columns break their lines instead of being cut. (Week 6, lesson 1.)
 
     Fractions are shown with two digits.
     """
     from IPython.display import HTML
 
+    return HTML(_table_html(frame, (wrap,) if isinstance(wrap, str) else wrap))
+
+
+def _table_html(frame, wrap: tuple[str, ...]) -> str:
     head = "".join(f"<th style='text-align:left'>{html.escape(str(name))}</th>" for name in frame.columns)
     rows = []
     for values in frame.itertuples(index=False):
         cells = []
         for name, value in zip(frame.columns, values, strict=True):
             style = (
-                "text-align:left;white-space:pre-wrap;min-width:18em;max-width:36em"
-                if name == wrap
+                f"text-align:left;white-space:pre-wrap;min-width:{18 // len(wrap)}em;max-width:{max(20, 36 // len(wrap))}em"
+                if name in wrap
                 else "text-align:left"
             )
             shown = f"{value:.2f}" if isinstance(value, float) else str(value)
             cells.append(f"<td style='{style}'>{html.escape(shown)}</td>")
         rows.append(f"<tr>{''.join(cells)}</tr>")
-    return HTML(f"<table><tr>{head}</tr>{''.join(rows)}</table>")
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def show_comparison(comparison, count: int = 6) -> None:
+    """Show an `evaluation.Comparison`: scores and warnings, the figure, and changed answers, ``count`` a page. (Week 6, lesson 1.)
+
+    Live, two buttons turn the pages; the static twin is the first page.
+    """
+    import matplotlib.pyplot as plt
+    from IPython.display import HTML, display
+
+    display(HTML(comparison._repr_html_()))
+    figure = plots.before_after(comparison)[0].figure
+    plt.close(figure)  # or the notebook shows it once more
+    display(figure)
+    frame = comparison.examples()
+    if not len(frame):
+        display(HTML("<p>No answer changed: before and after are the same.</p>"))
+        return
+
+    def page(start: int) -> str:
+        rows = frame.iloc[start : start + count]
+        what = "answers that changed" + (", in word or in probability" if "p before" in frame else "")
+        told = f"{start + 1} to {start + len(rows)} of {len(frame)} {what}"
+        return f"<p style='margin:4px 0'>{told}</p>" + _table_html(rows, ("item", "before", "after"))
+
+    if is_static() or len(frame) <= count:
+        display(HTML(page(0)))
+        return
+    import ipywidgets
+
+    shown = ipywidgets.HTML(page(0))
+    starts, place = range(0, len(frame), count), [0]
+
+    def turn(by: int):
+        place[0] = (place[0] + by) % len(starts)  # round and round: a disabled button would lose the keyboard's focus
+        shown.value = page(starts[place[0]])
+
+    back, on = (ipywidgets.Button(description=name) for name in ("Previous", "Next"))
+    back.on_click(lambda _: turn(-1))
+    on.on_click(lambda _: turn(1))
+    display(ipywidgets.VBox([ipywidgets.HBox([back, on]), shown]))
 
 
 def classify_box(classify: Callable[[str], dict[str, float]], examples: list[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import random
 import re
 import subprocess
@@ -76,7 +77,8 @@ def values_of(path: Path) -> dict:
 def run_lesson(name: str, out: Path, *arguments: str) -> None:
     """Execute a lesson by tools.run into a folder."""
     command = [sys.executable, "-m", "tools.run", name, "--out", str(out), "--jobs", "1", *arguments]
-    done = subprocess.run(command, cwd=LESSONS.parent, capture_output=True, text=True, check=False)
+    inline = {name: value for name, value in os.environ.items() if name != "MPLBACKEND"}  # so that figures are kept
+    done = subprocess.run(command, cwd=LESSONS.parent, env=inline, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -135,15 +137,33 @@ class LessonTests:
         )
         assert right != wrong
 
+    @pytest.fixture(scope="class")
+    def solved_run(self, tmp_path_factory) -> Path:
+        """The folder of the solved notebook, executed once for all tests of its class."""
+        folder = tmp_path_factory.mktemp("solved")
+        run_lesson(self.lesson.name, folder)
+        return folder
+
     @pytest.mark.slow
     @pytest.mark.xdist_group("notebooks")
-    def test_the_solved_notebook_shows_its_result_within_its_budget(self, tmp_path):
-        run_lesson(self.lesson.name, tmp_path)
-        result = json.loads((tmp_path / f"{self.lesson.name}.json").read_text())
+    def test_every_figure_of_the_solved_notebook_is_described_in_words(self, solved_run):
+        shown = outputs(solved_run / f"{self.lesson.name}.ipynb")
+        alts = [
+            output["metadata"].get("image/png", {}).get("alt", "")
+            for output in shown
+            if "image/png" in output.get("data", {})
+        ]
+        assert alts, "a lesson shows a figure"
+        assert [alt for alt in alts if len(alt) < 30] == []
+
+    @pytest.mark.slow
+    @pytest.mark.xdist_group("notebooks")
+    def test_the_solved_notebook_shows_its_result_within_its_budget(self, solved_run):
+        result = json.loads((solved_run / f"{self.lesson.name}.json").read_text())
         self.result_holds(result["values"])
         assert result["peak_bytes"] <= 3e9
         assert result["time_s"] <= self.limit_s
-        text = json.dumps(outputs(tmp_path / f"{self.lesson.name}.ipynb"))
+        text = json.dumps(outputs(solved_run / f"{self.lesson.name}.ipynb"))
         assert text.count('"status": "passed"') >= len(self.wrong)
         assert '"name": "stderr"' not in text, "something wrote to stderr"
         assert "Warning" not in text

@@ -4,10 +4,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
+from test_figures import comparison
 
 from course_lib import plots, widgets
 from course_lib.chat import Token
-from course_lib.errors import ChatError
+from course_lib.errors import ChatError, DataError
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,11 @@ def test_lines_are_told_apart_without_colour():
 def test_error_bars_are_drawn_where_given():
     ax = plots.lines({"a": ([1, 2], [3, 4], [0.1, 0.2])}, xlabel="x", ylabel="y")
     assert len(ax.containers) == 1
+
+
+def test_a_series_of_one_point_is_seen():
+    ax = plots.lines({"train": ([1, 2], [2, 1]), "held-out": ([2], [1.5])}, xlabel="step", ylabel="loss")
+    assert [line.get_marker() for line in ax.get_lines()] == ["None", "s"]
 
 
 def test_a_trainers_log_becomes_loss_and_rate():
@@ -279,3 +285,163 @@ def test_the_live_switch_box_shows_an_error_and_loses_neither_history_nor_the_te
     who.value = "neither"
     send.click()
     assert "neither replies" in said.value and "too long" not in said.value and "what now?" in said.value
+
+
+def bars_of(ax):
+    names = [label.get_text() for label in ax.get_yticklabels()]
+    return dict(zip(names, (bar.get_width() for bar in ax.patches), strict=True))
+
+
+def test_before_and_after_show_scores_losses_sides_and_weights():
+    told = comparison()
+    axes = plots.before_after(told)
+    right = told.before.right, told.after.right
+    table = {(a, b): int(((right[0] == a) & (right[1] == b)).sum()) for a in (0, 1) for b in (0, 1)}
+    assert bars_of(axes[2]) == {
+        "still right": table[1, 1],
+        "gained": table[0, 1],
+        "lost": table[1, 0],
+        "still wrong": table[0, 0],
+    }
+    assert axes[2].get_title() == f"{told.mcnemar.gained} gained, {told.mcnemar.lost} lost"
+    assert [text.get_text() for text in axes[0].texts] == [
+        f"{told.score_before:.2f}",
+        f"{told.score_after:.2f}",
+        f"{told.change:+.2f}",
+    ]
+    assert [line.get_label() for line in axes[1].get_lines()] == ["train", "held-out"]
+    assert bars_of(axes[3])["head"] == pytest.approx(140) and axes[3].get_title() == "Moved most: head"
+
+
+def test_the_intervals_are_wilsons_and_that_of_the_change_stands_on_the_score_before():
+    from course_lib.significance import accuracy_interval
+
+    told = comparison()
+    ax = plots.before_after(told)[0]
+    drawn = [container[2][0].get_segments()[0][:, 1] for container in ax.containers]
+    assert list(drawn[0]) == pytest.approx(accuracy_interval(told.score_before, 120))
+    assert list(drawn[1]) == pytest.approx(accuracy_interval(told.score_after, 120))
+    assert list(drawn[2] - told.score_before) == pytest.approx(told.interval)
+
+
+def test_before_and_after_leave_out_what_is_missing():
+    assert len(plots.before_after(comparison(held_out=None, weights=None))) == 2
+    assert len(plots.before_after(comparison(weights=None))) == 3
+    (_, losses, _, weights) = plots.before_after(comparison(held_out=False, weights="matrix"))
+    assert len(losses.get_lines()) == 1
+    assert len(weights.patches) == 32  # the mean of each layer's matrices
+    told = comparison(weights="part")
+    told.weights.loc[0, "relative change"] = np.inf  # it began at zero
+    assert len(plots.before_after(told)[3].patches) == len(told.weights) - 1
+
+
+def test_a_score_of_nothing_or_all_is_drawn_too():
+    told = comparison(5)
+    told.score_before, told.score_after, told.change, told.interval = 0.0, 1.0, 1.0, (1.0, 1.0)
+    ax = plots.before_after(told)[0]
+    assert ax.get_ylim()[0] < 0 and ax.get_ylim()[1] > 1
+
+
+def test_arrows_are_sorted_by_the_change_and_losses_point_left():
+    before, after = [0.5, 0.2, 0.9, 0.4], [0.6, 0.8, 0.3, 0.4]
+    ax = plots.arrows(before, after, labels=["small", "gain", "loss", "same"])
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["loss", "same", "small", "gain"]
+    marks = {line.get_marker(): line for line in ax.get_lines() if len(line.get_xdata())}
+    assert list(marks["o"].get_xdata()) == [0.9, 0.4, 0.5, 0.2]
+    assert list(marks[">"].get_xdata()) == [0.6, 0.8] and list(marks["<"].get_xdata()) == [0.3]
+    (legend,) = ax.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["before", "gain, 2 items", "loss, 1 items"]
+
+
+def test_of_many_items_the_arrows_are_spread_evenly_and_the_title_says_so():
+    before = np.zeros(1000)
+    ax = plots.arrows(before, np.linspace(-1, 1, 1000))
+    heads = np.concatenate([line.get_xdata() for line in ax.get_lines() if line.get_marker() in "<>"])
+    assert len(heads) == 60 and min(heads) == -1 and max(heads) == 1
+    assert np.diff(np.sort(heads)).max() < 2 * np.diff(np.sort(heads)).min() + 0.01
+    assert ax.get_title() == "60 of 1000 items, evenly spread over the change"
+    with pytest.raises(DataError, match="no items"):
+        plots.arrows([], [])
+
+
+def test_ribbons_that_end_at_the_right_class_are_filled_and_the_rest_hatched():
+    counts = np.array([[3, 0, 1], [2, 4, 0], [0, 0, 5]])
+    (ax,) = plots.flows({"b": counts}, ["a", "b", "c"])
+    assert len(ax.collections) == 5
+    (filled,) = (ribbon for ribbon in ax.collections if not ribbon.get_hatch())  # only b to b ends at b
+    x, y = filled.get_paths()[0].vertices.T
+    assert np.ptp(y[x == 0]) == np.ptp(y[x == 1]) == 4
+    assert sorted(text.get_text() for text in ax.texts) == ["a 4", "a 5", "b 4", "b 6", "c 5", "c 6"]
+    assert ax.get_title() == "b: 6 of 15 right before, 4 after"
+
+
+@pytest.mark.parametrize(
+    ("matrices", "says"),
+    [({"d": np.eye(2)}, "you gave 'd' with shape"), ({"a": np.eye(3)}, r"you gave 'a' with shape \(3, 3\)")],
+)
+def test_flows_without_a_right_class_or_of_another_shape_are_refused(matrices, says):
+    with pytest.raises(DataError, match=says):
+        plots.flows(matrices, ["a", "b"])
+
+
+def test_a_heat_map_says_each_number_and_leaves_out_what_is_none():
+    ax = plots.heat_map([[0.123, np.nan], [-2, 3]], ["r", "s"], ["c", "d"], ylabel="layer", title="All")
+    assert [text.get_text() for text in ax.texts] == ["0.12", "", "-2.00", "3.00"]
+    assert (ax.get_ylabel(), ax.get_title()) == ("layer", "All")
+    with pytest.raises(DataError, match=r"turn them with \.T"):
+        plots.heat_map(np.ones((2, 3)), ["r", "s", "t"], ["c", "d"])
+    large = plots.heat_map(np.ones((20, 20)), range(20), range(20))
+    assert {text.get_text() for text in large.texts} == {""} and len(large.figure.axes) == 2  # a colour bar instead
+
+
+def test_tokens_keep_their_order_over_lines_of_the_same_scale():
+    tokens = ["The", " capital", " of\n", " Coldharbour-on-Sea", "."]
+    axes = plots.token_heat(tokens, {"base": [1, 2, 3, 4, 5], "tuned": [0, 0, 0, 0, 9]}, per_line=3, ylabel="bits")
+    shown = [[label.get_text() for label in ax.get_xticklabels()] for ax in axes]
+    assert shown == [["The", "\u00b7capital", "\u00b7of\u21b5"], ["\u00b7Coldharb\u2026", "."]]
+    assert [text.get_text() for text in axes[1].texts] == ["4.0", "5.0", "0.0", "9.0"]
+    assert {ax.images[0].get_clim() for ax in axes} == {(0.0, 9.0)}
+    assert axes[0].get_xlim() == axes[1].get_xlim() and axes[0].get_title(loc="left") == "bits"
+
+
+def examples(count):
+    rows = [[f"item <{n}>", "yes", "no & no", "yes", "gained", 0.25, 0.75] for n in range(count)]
+    columns = ["item", "wanted", "before", "after", "change", "p before", "p after"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def shown_comparison(monkeypatch, static, num_examples, count=6):
+    shown = []
+    monkeypatch.setattr("IPython.display.display", shown.append)
+    monkeypatch.setenv("COURSE_STATIC", static)
+    told = comparison()
+    told.examples, told._repr_html_ = lambda: examples(num_examples), lambda: "<b>summary</b>"
+    widgets.show_comparison(told, count)
+    assert shown[0].data == "<b>summary</b>" and len(shown[1].axes) == 4
+    assert plt.get_fignums() == []  # closed, or the notebook shows it twice
+    return shown[2]
+
+
+def test_the_panels_static_twin_is_the_first_page(monkeypatch):
+    page = shown_comparison(monkeypatch, "1", 14, count=4).data
+    assert "1 to 4 of 14" in page and "item &lt;3&gt;" in page and "item &lt;4&gt;" not in page
+    assert "no &amp; no" in page and "<0>" not in page and "0.25" in page
+
+
+def test_the_live_panel_turns_its_pages_round_and_round(monkeypatch):
+    buttons, page = shown_comparison(monkeypatch, "0", 14).children
+    back, on = buttons.children
+    assert "1 to 6 of 14" in page.value and not back.disabled and not on.disabled
+    on.click()
+    assert "7 to 12 of 14" in page.value and "item &lt;6&gt;" in page.value
+    on.click()
+    assert "13 to 14 of 14" in page.value
+    on.click()
+    assert "1 to 6 of 14" in page.value
+    back.click()
+    assert "13 to 14 of 14" in page.value
+
+
+def test_a_panel_with_few_changes_has_no_buttons_and_one_with_none_says_so(monkeypatch):
+    assert "1 to 3 of 3" in shown_comparison(monkeypatch, "0", 3).data
+    assert "No answer changed" in shown_comparison(monkeypatch, "0", 0).data

@@ -1,5 +1,6 @@
 """Running notebooks: results, failures, limits, interrupts, what is kept, and pages that open offline."""
 
+import copy
 import json
 import os
 import re
@@ -12,8 +13,9 @@ from types import SimpleNamespace
 import nbformat
 import psutil
 import pytest
+from bs4 import BeautifulSoup
 from conftest import ROOT
-from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from tools import execute, pages, run
 
@@ -207,6 +209,41 @@ def test_a_page_asks_nothing_of_the_network_and_shows_formulas(tmp_path):
     assert not re.findall(r"(?:import|url)\s*\(?[\"']?https?://", page)
     assert page.count("<math") == 2 and "<mfrac>" in page
     assert "costs $5, not $6" in page and "$HOME" in page
+
+
+def test_a_figure_keeps_its_alternative_text_in_page_and_index(tmp_path):
+    content = notebook("figure()", "figure()")
+    alts = ["Accuracy: 'before' 0.2 < <after> 0.9", None]
+    for cell, alt in zip(content.cells[-2:], alts, strict=True):
+        metadata = {"image/png": {"alt": alt, "width": 10}} if alt else {}
+        cell.outputs = [new_output("display_data", data={"image/png": "iVBORw0KGgo="}, metadata=metadata)]
+    folder = tmp_path / "week01"
+    folder.mkdir()
+    for number, name in ((-2, "01_x"), (-1, "02_x")):
+        tagged = notebook()
+        tagged.cells.append(copy.deepcopy(content.cells[number]))
+        tagged.cells[-1].metadata["tags"] = ["preview"]
+        nbformat.write(tagged, folder / f"{name}.ipynb")
+        result = {
+            "title": name,
+            "variant": "",
+            "values": {},
+            "slowest": [],
+            "status": "ok",
+            "lesson": name,
+            "copy": "solution",
+        }
+        result |= {"profile": "tiny", "time_s": 1, "peak_bytes": 1, "versions": {}}
+        (folder / f"{name}.json").write_text(json.dumps(result))
+    nbformat.write(content, tmp_path / "x.ipynb")
+    pages.write_page(tmp_path / "x.ipynb", tmp_path / "x.html")
+    page, index = (
+        BeautifulSoup(path.read_text(), "html.parser").find_all("img")
+        for path in (tmp_path / "x.html", pages.write_index(tmp_path))
+    )
+    assert [image["alt"] for image in page] == [alts[0], "No description has been provided for this image"]
+    assert page[0]["src"] == "data:image/png;base64,iVBORw0KGgo=" and page[0]["width"] == "10"
+    assert [image["alt"] for image in index] == [alts[0], "before and after"]
 
 
 def test_execute_in_this_process_raises_with_the_cells_first_line(tmp_path):

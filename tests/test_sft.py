@@ -19,7 +19,7 @@ import torch
 from conftest import MACHINES, ROOT
 from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
-from course_lib import evaluation, models, train
+from course_lib import evaluation, models, train, weights
 from course_lib.batches import lm_loss, pack, pad_batch
 from course_lib.chat import IGNORED, encode
 from course_lib.conversations import load_conversations
@@ -333,13 +333,13 @@ def test_another_metric_is_refused_by_name():
 
 
 def test_weight_changes_of_a_decoder_are_told_by_part(small):
-    before = evaluation.snapshot(small)
+    before = weights.snapshot(small)
     with torch.no_grad():
         small.lm_head.weight.mul_(3.0)
         small.model.norm.weight.mul_(1.25)
         for weight in small.model.layers[1].parameters():
             weight.mul_(1.5)
-    changes = evaluation.weight_changes(before, small).set_index("part")["relative change"]
+    changes = weights.weight_changes(before, small).set_index("part")["relative change"]
     assert list(changes.index) == ["embeddings", "layer 1", "layer 2", "last norm", "head"]
     assert changes.tolist() == pytest.approx([0, 0, 0.5, 0.25, 2.0], rel=1e-4)
 

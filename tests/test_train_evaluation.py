@@ -124,50 +124,6 @@ def test_scores_by_hand():
     assert found["macro_f1"] == pytest.approx((4 / 5 + 2 / 3) / 2)
 
 
-def test_wilsons_interval_by_hand_and_at_the_edges():
-    low, high = evaluation.accuracy_interval(0.5, 100)
-    assert (round(low, 4), round(high, 4)) == (0.4038, 0.5962)
-    assert evaluation.accuracy_interval(1.0, 10)[1] == pytest.approx(1.0)
-    assert evaluation.accuracy_interval(0.0, 10)[0] == pytest.approx(0.0, abs=1e-12)
-    assert evaluation.accuracy_interval(0.9, 50)[0] < evaluation.accuracy_interval(0.9, 5000)[0]
-
-
-def test_weight_changes_are_told_by_part_and_by_size(plan):
-    model = models.load_classifier(plan, NAMES)
-    before = evaluation.snapshot(model)
-    with torch.no_grad():
-        for weight in model.bert.encoder.layer[1].parameters():
-            weight.mul_(1.5)
-        model.classifier.weight.mul_(2.0)
-        model.classifier.bias.mul_(2.0)
-    changes = evaluation.weight_changes(before, model).set_index("part")["relative change"]
-    assert list(changes.index) == ["embeddings", "layer 1", "layer 2", "pooler", "head"]
-    assert changes["layer 2"] == pytest.approx(0.5, rel=1e-4)
-    assert changes["head"] == pytest.approx(1.0, rel=1e-4)
-    assert changes["layer 1"] == changes["embeddings"] == 0
-
-
-def test_a_run_that_changed_nothing_or_broke_the_weights_fails_loudly(plan):
-    model = models.load_classifier(plan, NAMES)
-    before = evaluation.snapshot(model)
-    with pytest.raises(TrainingError, match="no weight changed"):
-        evaluation.weight_changes(before, model)
-    with torch.no_grad():
-        model.classifier.weight[0, 0] = math.nan
-    with pytest.raises(TrainingError, match="not numbers"):
-        evaluation.weight_changes(before, model)
-
-
-def test_changes_of_mind_are_the_largest_gains_then_the_largest_losses(split):
-    few = split.select(range(4))  # labels 1 0 1 0
-    before = np.array([[0.9, 0.1], [0.9, 0.1], [0.4, 0.6], [0.5, 0.5]])
-    after = np.array([[0.1, 0.9], [0.2, 0.8], [0.4, 0.6], [0.1, 0.9]])
-    frame = evaluation.changes_of_mind(few, before, after, NAMES, count=4)
-    assert frame.iloc[0]["text"] == "the film good ." and frame.iloc[0]["p after"] == 0.9
-    assert list(frame["p after"] - frame["p before"]) == sorted(frame["p after"] - frame["p before"], reverse=True)
-    assert frame.iloc[-1]["text"] == "the film bad ." and frame.iloc[-1]["answer after"] == "good"
-
-
 def test_running_out_of_memory_in_the_loop_or_in_prediction_becomes_advice(plan, split, tokenizer, monkeypatch):
     from course_lib.errors import OutOfMemoryError
 

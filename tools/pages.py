@@ -11,10 +11,18 @@ import re
 from pathlib import Path
 
 import nbformat
+from jinja2 import DictLoader
 from latex2mathml.converter import convert
 from nbconvert import HTMLExporter
 
 MATH = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$(?! )([^$\n]+?)(?<! )\$(?![\w$])", re.DOTALL)
+# nbconvert's template drops the alternative text that a figure brings with it.
+WITH_ALT = """{%- extends 'index.html.j2' -%}
+{%- block data_png -%}
+{%- set alt = output | get_metadata('alt', 'image/png') -%}
+{{ super() | replace('<img ', '<img alt="' ~ (alt | escape_html) ~ '" ', 1) if alt else super() }}
+{%- endblock data_png -%}
+"""
 REMOTE_IMAGE = re.compile(r"\[!\[([^\]]*)\]\(https?://[^)]*\)\]")
 
 
@@ -27,6 +35,8 @@ def write_page(notebook: Path, page: Path) -> None:
             cell.source = _offline_markdown(cell.source)
     exporter = HTMLExporter(
         template_name="lab",
+        template_file="with_alt.html.j2",
+        extra_loaders=[DictLoader({"with_alt.html.j2": WITH_ALT})],
         mathjax_url="",
         require_js_url="",
         jquery_url="",
@@ -100,7 +110,9 @@ def _preview(notebook: Path) -> str:
         if "preview" in cell["metadata"].get("tags", []):
             for output in cell.get("outputs", []):
                 if image := output.get("data", {}).get("image/png"):
-                    return f"<tr><td colspan=7><img alt='before and after' src='data:image/png;base64,{image.strip()}'></td></tr>"
+                    alt = output.get("metadata", {}).get("image/png", {}).get("alt", "before and after")
+                    image = f"<img alt='{html.escape(alt)}' src='data:image/png;base64,{image.strip()}'>"
+                    return f"<tr><td colspan=7>{image}</td></tr>"
     return ""
 
 
