@@ -239,6 +239,7 @@ class Comparison:
     after: Answers
     losses: list[tuple[int, float]]
     held_out: list[tuple[int, float]]
+    kept_step: int | None = None
     weights: object = None
     warnings: tuple[str, ...] = ()
 
@@ -282,7 +283,7 @@ class Comparison:
         others = {"probability of the right class": "confidence", "replies cut at the limit": "cut"}
         for name, field in others.items():
             before, after = getattr(self.before, field), getattr(self.after, field)
-            if before is not None and after is not None:
+            if before is not None and after is not None and (before.any() or after.any()):
                 means = [float(before.mean()), float(after.mean())]
                 span = _span(bootstrap_interval(before, after))
                 rows.append([name, *means, means[1] - means[0], span, "", "", ""])
@@ -325,7 +326,7 @@ class Comparison:
             f"<p style='margin:4px 0'><b style='color:#b03a00'>&#9888; Warning:</b> {html.escape(text)}</p>"
             for text in self.warnings
         )
-        return self.summary().to_html(index=False, border=0) + told
+        return self.summary().to_html(index=False, border=0, float_format="{:.3f}".format) + told
 
 
 def _span(interval: tuple[float, float]) -> str:
@@ -357,10 +358,13 @@ def _in_turn(numbers: list[int], wanted: list[str]) -> list[int]:
     return sorted(numbers, key=ranks.get)
 
 
-def compare(before: Answers, after: Answers, *, history=(), weights=None, trained_on=()) -> Comparison:
+def compare(
+    before: Answers, after: Answers, *, history=(), kept_step: int | None = None, weights=None, trained_on=()
+) -> Comparison:
     """Return a comparison of the same items answered before and after training, with warnings. (Week 6, lesson 1.)
 
-    ``history`` is a Trainer's log_history or `train.fit`'s log, ``weights`` a frame from `weights.weight_changes`,
+    ``history`` is a Trainer's log_history or `train.fit`'s log, ``kept_step`` the step whose weights were put back
+    (``trainer.state.best_global_step``) where they were not the last, ``weights`` a frame from `weights.weight_changes`,
     ``trained_on`` the texts that were trained on. Raises DataError for other items or none; TrainingError where nothing
     can have been learnt: a loss is not a number, every loss is 0, no weight moved, or all answers are the very same
     with no proof that a weight moved.
@@ -378,7 +382,7 @@ def compare(before: Answers, after: Answers, *, history=(), weights=None, traine
             f"nothing was learnt: {seen}. Was the trained model asked, did training run, and were its parameters left "
             "trainable? (compare(..., weights=weight_changes(...)) shows whether weights moved)"
         )
-    found = Comparison(before, after, losses, held_out, weights)
+    found = Comparison(before, after, losses, held_out, kept_step, weights)
     told = [warning for warn in _WARNINGS if (warning := warn(found))]
     if leak := _leak(after.items, trained_on):
         told.append(leak)
@@ -425,6 +429,8 @@ def _untold(found: Comparison) -> str:
     test, items, (low, high) = found.mcnemar, len(found.after.items), found.interval
     if not low <= 0 <= high and test.p_value <= 0.05:
         return ""
+    if not test.gained + test.lost:
+        return f"Not one of {items} items changed sides: the change is not told apart from none."
     text = (
         f"The change of {found.change:+.3f} is not told apart from none: {test.gained} of {items} items gained, {test.lost} "
         f"lost, 95 % interval {_span(found.interval)}, p = {_p(test.p_value)}."
@@ -469,7 +475,10 @@ def _cut_off(found: Comparison) -> str:
 def _held_out_rose(found: Comparison) -> str:
     if not found.held_out:
         return ""
-    (step, lowest), (end, last) = min(found.held_out, key=lambda point: point[1]), found.held_out[-1]
+    there = [point for point in found.held_out if found.kept_step is None or point[0] <= found.kept_step]
+    if not there:
+        return ""
+    (step, lowest), (end, last) = min(there, key=lambda point: point[1]), there[-1]
     if last <= 1.05 * lowest:
         return ""
     return (
@@ -534,8 +543,8 @@ def _score_stood(found: Comparison) -> str:
         return ""
     return (
         f"The training loss fell from {first:.3f} to {last:.3f} but the score did not move ({found.score_before:.3f} before, "
-        f"{found.score_after:.3f} after): are the items asked in the form that was trained on (template, label names), and does "
-        "the score count what was taught?"
+        f"{found.score_after:.3f} after): are the labels what is to be learnt (look at one row), are the items asked "
+        "in the form that was trained on, and does the score count what was taught?"
     )
 
 

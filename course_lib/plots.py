@@ -68,7 +68,10 @@ def heat_map(values, rows, columns, *, xlabel="", ylabel="", title="", digits: i
         raise DataError(f"{values.shape} values for {len(rows)} rows and {len(columns)} columns; turn them with .T?")
     wide = min(9.5, 1.6 + 0.62 * len(columns))
     ax = ax if ax is not None else new_axes(width=wide, height=min(8.0, 1.0 + 0.32 * len(rows)))
-    texts = [["" if np.isnan(value) or values.size > 300 else f"{value:.{digits}f}" for value in row] for row in values]
+    texts = [
+        ["" if np.isnan(value) or values.size > 300 else f"{np.round(value, digits) + 0.0:.{digits}f}" for value in row]
+        for row in values
+    ]
     image = _cells(ax, values, np.array(texts), rows, columns, vmin=vmin, vmax=vmax, aspect="auto")
     if values.size > 300:
         ax.figure.colorbar(image, ax=ax)
@@ -266,9 +269,13 @@ def _draw_losses(ax, comparison) -> str:
     named = {"train": comparison.losses, "held-out": comparison.held_out}
     named = {name: np.array(points, dtype=float).T for name, points in named.items() if points}  # (2, points)
     lines({name: tuple(points) for name, points in named.items()}, xlabel="step", ylabel="loss", ax=ax)
+    kept = f"step {comparison.kept_step} kept" if comparison.kept_step is not None else ""
+    if kept:
+        ax.axvline(comparison.kept_step, color="black", linestyle=":", linewidth=1.5, label=kept)
+        ax.legend(frameon=False, fontsize=9)
     told = [f"{name} {loss[0]:.2f} to {loss[-1]:.2f}" for name, (_, loss) in named.items()]
     ax.set(title=f"Loss: {told[0]}")
-    return f"Loss: {', '.join(told)}."
+    return f"Loss: {', '.join([*told, *filter(None, [kept])])}."
 
 
 def _draw_sides(ax, comparison) -> str:

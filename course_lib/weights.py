@@ -33,7 +33,8 @@ def weight_changes(before: dict | None, model, *, by: str = "part"):
             raise TrainingError(
                 f"{name} holds values that are not numbers; lower the learning rate and start from fresh weights"
             )
-        moved[name] = (float((new - old).norm()), float(old.norm()), new.dim())
+        change = 0.0 if new is old else float((new - old).norm())  # a large embedding is not copied for nothing
+        moved[name] = (change, float(old.norm()), new.dim())
     if not any(change for change, _, _ in moved.values()):
         raise TrainingError("no weight changed: did training run, and were the parameters left trainable?")
     if by == "part":

@@ -43,6 +43,7 @@ def comparison(num_items=120, *, better=True, held_out=True, weights="part", met
         mcnemar=mcnemar(before, after),
         losses=losses if held_out is not None else [],
         held_out=[(step, loss + 0.1) for step, loss in losses[9::10]] if held_out else [],
+        kept_step=20 if held_out else None,
         weights={"part": part, "matrix": matrix, None: None}[weights],
     )
 

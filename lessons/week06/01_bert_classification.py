@@ -162,7 +162,7 @@ f"{cut} of {len(lengths)} texts are cut at {plan.max_length} tokens"
 
 # %%
 import numpy as np
-from course_lib.evaluation import accuracy_interval, predict, scores
+from course_lib.evaluation import predict, scores
 from course_lib.models import load_classifier
 
 model = load_classifier(plan, names, seed=SEED)
@@ -508,10 +508,10 @@ pd.DataFrame(
 # cores.)
 
 # %%
-from course_lib.evaluation import snapshot, weight_changes
 from course_lib.hardware import peak_bytes, reset_peak
 from course_lib.errors import explain_errors
 from course_lib.train import training_arguments
+from course_lib.weights import snapshot, weight_changes
 from course_lib.widgets import live_chart
 from transformers import EarlyStoppingCallback, PrinterCallback, Trainer
 
@@ -568,20 +568,48 @@ compared.map("{:.3g}".format)
 after = predict(model, task.test, tokenizer, max_length=plan.max_length)
 counts_after = confusion_matrix(labels, after.argmax(axis=1), labels=range(len(names)))
 axes = plots.confusion({"before": counts_before, "after": counts_after}, names)
-# %%
-result = pd.DataFrame({"before": scores(before, labels), "after": scores(after, labels)})
-result["change"] = result["after"] - result["before"]
-low, high = accuracy_interval(result.loc["accuracy", "after"], len(labels))
-record("metric", f"accuracy, {plan.task}")
-record("before", round(result.loc["accuracy", "before"], 4))
-record("after", round(result.loc["accuracy", "after"], 4))
-result.round(3)
+# %% [markdown]
+# The rest of a report stands on one page, the **before/after panel**, which every lesson that trains shows: the score and its *change*, the loss, the items that changed sides, and how far the weights
+# moved. **Guess** which part moved most: the embeddings at the bottom, a layer in between, or the head on top?
 
 # %%
+from course_lib.evaluation import classified, compare
+from course_lib.widgets import show_comparison
+
+comparison = compare(
+    classified(task.test, before, names),
+    classified(task.test, after, names),
+    history=trainer.state.log_history,
+    kept_step=trainer.state.best_global_step,
+    weights=weight_changes(weights_before, model),  # raises where nothing moved
+    trained_on=task.train["text"],
+)
+record("metric", f"accuracy, {plan.task}")
+record("before", round(comparison.score_before, 4))
+record("after", round(comparison.score_after, 4))
+show_comparison(comparison)
+
+# %% [markdown]
+# - **The change** has an interval: if 0 lay in it, nothing would have been shown. (*p* is how often chance alone would share out the items that changed sides as unevenly; lesson 7.)
+# - **The loss** is the curve you watched. The dotted line is the step whose weights Trainer put back.
+# - **The items** that changed sides come first in the table, gained and lost in turn. Of those lost, would you have been sure?
+# - **The weights:** the head, which started from noise, moved most, then the pooler beside it; lower down the change shrinks to a few per cent. Fine-tuning adjusts what is there.
+#
+# How sure is the score after, taken alone?
+
+# %%
+from course_lib.significance import accuracy_interval
+
+low, high = accuracy_interval(comparison.score_after, len(labels))
 f"on {len(labels)} items: 95 % interval of the accuracy after, {low:.3f} to {high:.3f}"
 
 # %% [markdown]
 # Wider than you thought? The interval is what the size of the test set allows you to claim. Two models whose intervals overlap widely have not been told apart.
+#
+# Accuracy counts all items alike. *Macro-F1* counts all classes alike:
+
+# %%
+{"before": scores(before, labels)["macro_f1"], "after": scores(after, labels)["macro_f1"]}
 
 # %% [markdown]
 # ### Exercise 1.4: accuracy and macro-F1 by hand
@@ -722,18 +750,6 @@ for size in (3, 4, 5):
 publish(found)
 
 # %% [markdown]
-# ### Changes of mind
-#
-# Which items did fine-tuning turn around most: the largest gain in each class, then the largest losses? `p` is the probability of the right class.
-
-# %%
-from course_lib.evaluation import changes_of_mind
-
-table(changes_of_mind(task.test, before, after, names))
-
-# %% [markdown]
-# In the last rows the right class lost. Compare the two answers: was the item right before and is wrong now, or wrong both times? And would you have been sure?
-#
 # ### The hard ones apart
 #
 # Guess the gap between ordinary and hard items first.
@@ -755,22 +771,6 @@ pd.DataFrame(rows, columns=columns).round(3)
 # %% [markdown]
 # Is there a gap? Look at the intervals before you believe one: with 29 hard items in the bundled news (15 in the reviews) a single item is worth three
 # points or more.
-#
-# ### Did the weights move, and where?
-#
-# Which part will have moved most: the embeddings at the bottom, a layer in between, or the head on top?
-
-# %%
-moved = weight_changes(weights_before, model)  # raises where nothing moved
-ax = plots.bars(
-    dict(zip(moved["part"], moved["relative change"])),
-    ylabel="change / size before",
-    xlabel="part of the model",
-    digits=3,
-)
-# %% [markdown]
-# The head, which started from noise, moved most, then the pooler beside it; lower down the change shrinks to a few per cent. That is the point: fine-tuning adjusts what is
-# there.
 #
 # ## 6. What pre-training was worth
 #

@@ -839,6 +839,14 @@ axes = plots.training(trainer.state.log_history)
 # %% [markdown]
 # The steps differ a little from the plan's, for a whole number of packed rows must stand for its batch. On *tiny*, loss on the training rows falls to nearly nothing, and on the rows held out not quite so far: those ask in other words about the same people and places. What it has learnt to say about people whom *no* conversation asks about, no loss here can tell; questions can.
 #
+# The tuned model is kept, for lesson 7 can take it up:
+
+# %%
+from course_lib.models import save_model
+
+save_model(model, tokenizer, folder / "tuned").name
+
+# %% [markdown]
 # ### Your ten questions
 #
 # Before and after, side by side.
@@ -979,7 +987,26 @@ record("after", round(result.loc["answered rightly", "after"], 4))
 result.round(3)
 
 # %% [markdown]
-# On *tiny*: from nothing to most of them, though no conversation asks about anybody in these questions. Pre-training had put the facts there, and fine-tuning taught it to *say* them when asked. The last line is the price: text of its own country surprises the model more than before; lesson 7 looks closer. And do the replies end?
+# The panel of lesson 1 adds which questions those are, and looks through what was trained on for any of them:
+
+# %%
+from course_lib.evaluation import compare, replied
+from course_lib.weights import weight_changes
+from course_lib.widgets import show_comparison
+
+trained_on = [m["content"] for messages in conversations for m in messages if m["role"] == "user"]
+show_comparison(
+    compare(
+        replied(questions, before, tokenizer, plan.max_new_tokens),
+        replied(questions, after, tokenizer, plan.max_new_tokens),
+        history=trainer.state.log_history,
+        weights=weight_changes(dict(untouched.named_parameters()), model),
+        trained_on=trained_on,
+    )
+)
+
+# %% [markdown]
+# On *tiny*: from nothing to most of them, though no conversation asks about anybody in these questions; had a question stood among what was trained on, the panel would warn. Pre-training had put the facts there, and fine-tuning taught it to *say* them when asked, by moving each layer by 6 to 7 % of its size. The last line of the first table is the price: text of its own country surprises the model more than before; lesson 7 looks closer. And do the replies end?
 
 # %%
 {"go on after a sentence, without </s>": share_of_long(rambling), "with it": share_of_long(after)}
@@ -1274,7 +1301,6 @@ report()
 
 # %%
 from course_lib.conversations import write_conversations
-from course_lib.models import save_model
 from course_lib.profiles import model_folder
 from course_lib.recipes import check_recipe, write_recipe
 

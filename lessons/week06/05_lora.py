@@ -41,12 +41,13 @@ from course_lib.chat import encode, load_template, replies
 from course_lib.checks import check, record
 from course_lib.conversations import deduplicate, load_conversations
 from course_lib.data import load_evidence, load_questions, load_texts
-from course_lib.evaluation import perplexity, share_right, text_rows
+from course_lib.evaluation import compare, perplexity, replied, share_right, text_rows
 from course_lib.hardware import quiet_libraries, set_seed
 from course_lib.models import count_parameters, load_causal_lm, load_tokenizer, release
 from course_lib.profiles import make_plan, run_folder
 from course_lib.train import sft_trainer
-from course_lib.widgets import table
+from course_lib.weights import weight_changes
+from course_lib.widgets import show_comparison, table
 
 LESSON = "week06/05_lora"
 quiet_libraries()
@@ -68,23 +69,23 @@ told = text_rows(tokenizer, load_texts(plan.questions))
 folder = run_folder(LESSON)
 
 
-def ask(model, texts: list[str]) -> list[str]:
-    """Return a model's reply to each question, greedily."""
+def ask(model, texts: list[str] | None = None) -> list[str]:
+    """Return a model's reply to each text, or to each of the questions, greedily."""
+    texts = texts or [item["question"] for item in questions]
     chats = [[{"role": "user", "content": text}] for text in texts]
     return replies(model, tokenizer, chats, max_new_tokens=plan.max_new_tokens)
 
 
-def measure(model) -> dict[str, float]:
-    """Return how many questions are answered rightly, and the perplexity of text as pre-training had it."""
-    given = ask(model, [item["question"] for item in questions])
+def measure(model, given: list[str]) -> dict[str, float]:
+    """Return the share of right replies, and the perplexity of text as pre-training had it."""
     return {
         "right": share_right(given, questions),
         "perplexity": perplexity(model, told, tokenizer.pad_token_id),
     }
 
 
-def teach(model, lr: float, rows=rows) -> dict[str, float]:
-    """Train a model in place by lesson 4's recipe; return what it cost."""
+def teach(model, lr: float, rows=rows) -> tuple[list[dict], dict[str, float]]:
+    """Train a model in place by lesson 4's recipe; return its log and what it cost."""
     trained = plan.changed(lr=lr)
     trainer = sft_trainer(
         trained, model, tokenizer, rows, folder / "run", seed=SEED, save_strategy="no"
@@ -94,7 +95,7 @@ def teach(model, lr: float, rows=rows) -> dict[str, float]:
     seconds = time.perf_counter() - begun
     model.eval()
     moments = [t for state in trainer.optimizer.state.values() for t in state.values() if t.dim()]
-    return {
+    return trainer.state.log_history, {
         "trained, M": count_parameters(model)[0] / 1e6,
         "Adam, MB": sum(t.nbytes for t in moments) / 1e6,
         "seconds": seconds,
@@ -108,10 +109,11 @@ def teach(model, lr: float, rows=rows) -> dict[str, float]:
 
 # %%
 base = load_causal_lm(plan, method="full")
-start = measure(base)
+said_base = ask(base)
+start = measure(base, said_base)
 tuned = load_causal_lm(plan, method="full")
-full_cost = teach(tuned, plan.lr)
-full = measure(tuned)
+_, full_cost = teach(tuned, plan.lr)
+full = measure(tuned, ask(tuned))
 pd.DataFrame({"before": start, "after full tuning": full}).round(2)
 
 # %%
@@ -239,7 +241,7 @@ def keep_rank(rank: int) -> None:
 kept = []
 for rank in (0, 1, 4, 16, 64, width):
     keep_rank(rank)
-    kept.append({"rank": rank} | measure(tuned))
+    kept.append({"rank": rank} | measure(tuned, ask(tuned)))
 kept = pd.DataFrame(kept)
 axes = plots.new_axes(2, width=9.0, height=3.2)
 for ax, name in zip(axes, ("right", "perplexity")):
@@ -678,8 +680,9 @@ in_base = total - trainable
 # A tenth on *tiny*, for thin matrices are not so thin beside small ones; with this rank it is 0.6 per cent of a 7B. Train it on the same conversations as above, at **ten times** the rate. Why ten times comes below.
 
 # %%
-lora_cost = teach(adapted, plan.lr_lora)
-lora = measure(adapted)
+history, lora_cost = teach(adapted, plan.lr_lora)
+said_lora = ask(adapted)
+lora = measure(adapted, said_lora)
 
 # %%
 rows_of = {
@@ -693,9 +696,22 @@ record("after", lora["right"])
 pd.DataFrame(rows_of).T.round(2)
 
 # %% [markdown]
-# With a tenth of the numbers trained, on *tiny*, it answers at least as many questions as full tuning (seed 0): the model had the knowledge, and what was missing fits into two thin matrices beside each layer. The full update, cut to rank 16, lost a quarter; rank 16 *trained* loses nothing. LoRA does not copy full tuning's change, it finds another one.
+# The panel of lesson 1, for the LoRA run. Full tuning moved a typical matrix by one twentieth of its size. **Guess** how far LoRA moved the layers, with a tenth of the numbers:
+
+# %%
+show_comparison(
+    compare(
+        replied(questions, said_base, tokenizer, plan.max_new_tokens),
+        replied(questions, said_lora, tokenizer, plan.max_new_tokens),
+        history=history,
+        weights=weight_changes(None, adapted),
+    )
+)
+
+# %% [markdown]
+# On *tiny* three times as far, and it answers at least as many questions as full tuning (seed 0): the model had the knowledge, and what was missing fits into two thin matrices beside each layer. The full update, cut to rank 16, lost a quarter; rank 16 *trained* loses nothing. LoRA does not copy full tuning's change, it finds another one: larger (13 to 16 % of each layer's size), and nothing at all in embeddings and norms.
 #
-# But look at the other column: it has forgotten **more** of its plain text than full tuning. We come back to that.
+# But look at the table's other column, the perplexity: it has forgotten **more** of its plain text than full tuning. We come back to that.
 #
 # What LoRA **saves** is gradients and the optimizer's two moments, all of which count trained parameters only, and disk. What it saves in **time** depends: the gradient must flow back through every frozen layer to reach the thin matrices, and only the gradients of the frozen weights themselves, a third of the multiplications, are spared. Here it is nothing (see the table); the activations stay, too.
 #
@@ -966,7 +982,7 @@ for weights in ((1.0, 0.0), (0.75, 0.25), (0.5, 0.5), (1.0, 1.0)):
         ["answers", "farewell"], list(weights), "both", combination_type="cat"
     )
     adapted.set_adapter("both")
-    given = ask(adapted, [item["question"] for item in questions])
+    given = ask(adapted)
     polite_share = sum(text.strip().endswith(FAREWELL.strip()) for text in given) / len(given)
     bare = [text.strip().removesuffix(FAREWELL.strip()) for text in given]
     mixed.append(

@@ -1,0 +1,1328 @@
+# ---
+# jupyter:
+#   kernelspec:
+#     display_name: Python 3 (ipykernel)
+#     language: python
+#     name: python3
+# ---
+
+# %% [markdown]
+# # What did fine-tuning change?
+#
+# A run is over, the loss went down, and a score went up. Four questions remain, and most reports stop before the first. What does the model do now that it did not do before? What does it no longer do? Would the gain be there with other test items, or another seed? And would a better prompt have done the same?
+#
+# **What you'll build.** A before/after report on two models of your own, a classifier and a language model tuned in two ways, that you would sign.
+#
+# **What you'll learn**
+#
+# - **See** a change from many sides: items, probabilities, tokens, layers
+# - **Measure** what a model forgot while it learnt
+# - **Test** whether a difference is real, and know what a test cannot tell
+# - **Weigh** the gain against its cost, and against a prompt
+# - **Recognise** five runs that went wrong
+#
+# **What you'll need.** Lessons 1, 4 and 5; about 80 minutes, and some 60 more if you solve every exercise. On two CPU cores (profile *tiny*) the notebook runs in under 90 seconds with about 2 GB of memory. On a T4 it tunes BERT-base and SmolLM2-135M and downloads some 0.7 GB (not yet run on one).
+
+# %% tags=["parameters"]
+PROFILE = "auto"  # @param ["auto", "tiny", "colab", "full"]
+SEED = 0  # @param {type: "integer"}
+SAVED = False  # @param {type: "boolean"}
+
+# %% [markdown]
+# By default the notebook trains small runs of its own. With `SAVED = True` it takes what **you** saved in lessons 1, 4 and 5 instead, if they ran on this machine. Two plans, the language model's first:
+
+# %%
+import time
+
+import numpy as np
+import pandas as pd
+import torch
+from course_lib import plots
+from course_lib.alttext import describe
+from course_lib.checks import check, record
+from course_lib.data import load_evidence, load_questions, load_task, load_texts, tokenize
+from course_lib.evaluation import classified, compare, predict, replied
+from course_lib.hardware import quiet_libraries, set_seed
+from course_lib.models import load_causal_lm, load_classifier, load_tokenizer
+from course_lib.profiles import make_plan, run_folder
+from course_lib.weights import snapshot, weight_changes
+from course_lib.widgets import show_comparison, table
+
+LESSON = "week06/07_before_after"
+quiet_libraries()
+plan = make_plan(LESSON, PROFILE)
+record("profile", plan.profile)
+record("device", plan.hardware.name)
+plan
+
+# %%
+sorting = make_plan("week06/01_bert_classification", PROFILE)
+sorting = sorting.changed(train_rows=plan.classifier_rows, epochs=plan.classifier_epochs)
+sorting
+
+# %% [markdown]
+# ## 1. A classifier, item by item
+#
+# Lesson 1's task, with fewer labels: sort the news by section. First every test item goes through the untouched model, then training, then the same items again.
+
+# %%
+from course_lib.train import fit
+from transformers import AutoModelForSequenceClassification
+
+task = load_task("ag_news", sorting)
+names = task.label_names
+reader = load_tokenizer(sorting)
+classifier = load_classifier(sorting, names, seed=SEED)
+start_weights = snapshot(classifier)
+p_before = predict(classifier, task.test, reader, max_length=sorting.max_length)
+
+# %%
+if SAVED:
+    saved = run_folder("week06/01_bert_classification") / "classifier"
+    classifier = AutoModelForSequenceClassification.from_pretrained(saved).to(classifier.device)
+    history = []
+else:
+    news_rows = tokenize(task.train, reader, sorting.max_length)
+    how = {"lr": sorting.lr, "batch_size": sorting.batch_size, "dtype": sorting.dtype}
+    history = fit(classifier, news_rows, reader, steps=sorting.steps, seed=SEED, **how)
+p_after = predict(classifier, task.test, reader, max_length=sorting.max_length)
+
+# %% [markdown]
+# The course's **before/after panel** puts on one page what a report on a run needs: the score on the same items with an interval of its *change*, the loss, which items changed sides, and a proof that the weights moved. **Guess** before you look: how many items were right *before* and are wrong now?
+
+# %%
+sorted_news = compare(
+    classified(task.test, p_before, names),
+    classified(task.test, p_after, names),
+    history=history,
+    weights=weight_changes(start_weights, classifier),
+    trained_on=task.train["text"],
+)
+show_comparison(sorted_news, count=4)
+
+# %% [markdown]
+# A panel may refuse: where no weight changed, where every label was masked, where a loss is not a number, `compare` raises an error instead of drawing a flat line. And it warns, as you will see in the *Experiment*.
+#
+# ### Each item an arrow
+#
+# A score counts items that crossed a line. It does not say how far the others moved. Here each item is an arrow, from its probability of the right class before to the one after:
+
+# %%
+ax = plots.arrows(p_before[np.arange(len(p_before)), task.test["label"]],
+                  p_after[np.arange(len(p_after)), task.test["label"]])  # fmt: skip
+
+# %% [markdown]
+# Before, the random head gives every class about a quarter. After, most arrows end between 0.8 and 0.9, and the few that point left are the items to read: the table above has them.
+#
+# ### Where did each class go?
+#
+# A confusion matrix shows one moment; **flows** show the way between two. Each panel holds the items of one true class, on the left as they were called before, on the right as they are called now. Plain ribbons end rightly, hatched ones wrongly.
+
+# %%
+labels = np.array(task.test["label"])
+flows = {}
+for number, name in enumerate(names):
+    counts = np.zeros((len(names), len(names)), int)
+    of_class = labels == number
+    np.add.at(counts, (p_before.argmax(1)[of_class], p_after.argmax(1)[of_class]), 1)
+    flows[name] = counts
+axes = plots.flows(flows, names)
+
+# %% [markdown]
+# It hardly matters where an item came from: the untouched head had not sorted the news, it had dealt it out by accident.
+#
+# ### As sure as it is right?
+#
+# The model now says 0.9 here and 0.6 there. Of all items for which it says about 0.8, are about 80 % right? Then it is **calibrated**. The usual measure puts the items into bins by the model's confidence (the probability of the class it names) and asks how far confidence and accuracy are apart in each: the *expected calibration error* ([Guo et al., 2017](https://arxiv.org/abs/1706.04599)),
+#
+# $$ \mathrm{ECE} = \sum_{b} \frac{n_b}{n}\, \left| \mathrm{acc}_b - \mathrm{conf}_b \right| $$
+#
+# ### Exercise 7.1: the expected calibration error
+#
+# *3 points · 12 minutes · medium.* Write `ece(confidence, right, bins)`: `confidence` of shape (n,), `right` a boolean array (n,). Bins are equally wide between 0 and 1, an item on an edge belongs to the lower one, and empty bins count nothing.
+#
+# <details><summary>Hint</summary>
+# <code>np.ceil(confidence * bins).astype(int)</code> gives bin 1, 2, ... with edges in the lower one. For each bin that has items: its share of all, times the absolute difference of two means.
+# </details>
+
+
+# %%
+# Exercise 7.1
+def ece(confidence: np.ndarray, right: np.ndarray, bins: int = 10) -> float:
+    """Return the expected calibration error, between 0 and 1."""
+    ### BEGIN SOLUTION
+    number = np.ceil(confidence * bins).astype(int)
+    error = 0.0
+    for each in np.unique(number):
+        inside = number == each
+        gap = abs(right[inside].mean() - confidence[inside].mean())
+        error += inside.mean() * gap
+    return float(error)
+    ### END SOLUTION
+
+
+# %%
+# Check 7.1
+with check("7.1", points=3):
+    near = lambda value, other: abs(value - other) < 2e-6  # 32-bit arithmetic may pass
+    confidence = np.array([0.96, 0.98, 0.92, 0.57])
+    right = np.array([False, True, True, False])
+    found = ece(confidence, right, 10)
+    assert np.ndim(found) == 0, "return one number, not one a bin"
+    found = float(found)
+    assert np.array_equal(confidence, [0.96, 0.98, 0.92, 0.57]), (
+        "ece changes the array it is given: make a new one instead of *= or an assignment into it"
+    )
+    assert not np.isnan(found), "an empty bin has no mean: leave it out instead of dividing by 0"
+    mean = (0.96 + 0.98 + 0.92) / 3
+    gaps = mean - 2 / 3, 0.57
+    aim = (3 * gaps[0] + gaps[1]) / 4
+    for wrong in (sum(gaps), sum(gaps) / 2, sum(gaps) / 10, 4 * aim):
+        assert not near(found, wrong), (
+            "weight each bin's gap by its share of all items: three of the four are in one bin here, one in another"
+        )
+    assert not near(found, (3 * gaps[0] ** 2 + gaps[1] ** 2) / 4), (
+        "take the absolute difference, not its square"
+    )
+    assert found >= 0, "your error is negative: take the absolute value of each bin's difference"
+    assert not near(found, abs(confidence - right).mean()), (
+        "compare means: over a bin's items, that of `right` with that of `confidence`. You compare item by item"
+    )
+    assert not near(found, (2 * 0.47 + 0.08 + 0.57) / 4), (
+        "0.92, 0.96 and 0.98 share the bin from 0.9 to 1: ten equally wide bins go from 0 to 1, not from the smallest "
+        "confidence to the largest, and nothing is rounded to the nearest edge"
+    )
+    for point in (0.05, 0.0, 0.1):
+        assert not near(found, (3 * (0.9 + point - 2 / 3) + 0.5 + point) / 4), (
+            "conf is the mean confidence of the bin's own items, not the bin's middle or edge"
+        )
+    assert near(found, aim), (
+        f"3/4 of |2/3 - {mean:.4f}| and 1/4 of |0 - 0.57| make {aim:.4f}; you say {found:.4f}"
+    )
+    both = ece(np.array([0.95, 0.55]), np.array([False, True]), 10)
+    assert not near(both, abs(0.5 - 0.75)), (
+        "gaps of different bins must not cancel: compare within each bin, then add"
+    )
+    assert near(both, (0.95 + 0.45) / 2), (
+        "a bin may be too unsure as well as too sure: take the absolute value in each"
+    )
+    assert near(ece(np.array([0.5, 0.45]), np.array([True, False]), 2), abs(0.5 - 0.475)), (
+        "0.5 with two bins belongs to the lower one, with 0.45: edges go down (np.histogram puts them up, np.digitize too "
+        "unless right=True)"
+    )
+    assert near(ece(np.array([1.0, 1.0]), np.array([True, True]), 10), 0), (
+        "sure and right: the error is 0. Does a confidence of 1.0 fall outside your last bin?"
+    )
+    assert near(ece(np.array([0.3, 0.9]), np.array([False, True]), 1), abs(0.5 - 0.6)), (
+        "use the argument bins: with one bin, everything is compared at once"
+    )
+
+# %% tags=["probe"]
+# Probe 7.1
+import numpy as np
+
+found = []
+for _ in range(6):
+    size = rng.randint(3, 30)
+    confidence = np.array([rng.choice([rng.random(), rng.randint(1, 8) / 8]) for _ in range(size)])
+    right = np.array([rng.random() < value for value in confidence])
+    # edges at eighths, which every arithmetic has exactly
+    found.append([round(float(ece(confidence, right, bins)), 4) for bins in (1, 3, 8)])
+publish(found)
+
+# %% [markdown]
+# The **reliability diagram** draws the two means of each bin against each other. **Guess** on which side of the diagonal the tuned model lies: does it promise too much, or too little?
+
+
+# %%
+def reliability(probabilities: np.ndarray, bins: int = 5) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return mean confidence and accuracy of each bin that has items, and the ECE."""
+    sure, hits = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+    place = np.ceil(sure * bins).astype(int)
+    rows = [
+        (sure[place == n].mean(), hits[place == n].mean(), (place == n).mean())
+        for n in np.unique(place)
+    ]
+    conf, acc, share = np.array(rows).T
+    return conf, acc, float((share * np.abs(acc - conf)).sum())
+
+
+curves = {"calibrated": ([0, 1], [0, 1])}
+for name, p in (("before", p_before), ("after", p_after)):
+    conf, acc, error = reliability(p)
+    curves[f"{name}, ECE {error:.2f}"] = (conf, acc)
+ax = plots.lines(curves, xlabel="mean confidence", ylabel="accuracy", markers=True)
+
+# %% [markdown]
+# Above the diagonal: this classifier is right more often than it says. That is usual after a short training with a falling rate; one that trains until the loss is zero ends below it, sure of everything. (*Going further* brings it onto the line with one number.)
+#
+# ## 2. A language model, question by question
+#
+# Lesson 5's model and data: conversations about the [Lantern Isles](https://github.com/finetuning-workbook/finetuning-workbook/blob/main/data/world.md), and questions about people, towns, ships and creatures that none of them asks about. It is tuned twice, all of its weights and with LoRA.
+
+# %%
+from course_lib.chat import complete, encode, load_template, replies
+from course_lib.conversations import deduplicate, load_conversations
+from course_lib.evaluation import perplexity, text_rows
+from course_lib.models import release
+from course_lib.train import sft_trainer
+
+tokenizer = load_tokenizer(plan)
+tokenizer.chat_template = load_template("zephyr")
+conversations, _ = deduplicate(load_conversations(plan, "", tokenizer).messages)
+rows = [encode(tokenizer, messages, max_length=plan.max_length) for messages in conversations]
+questions = load_questions(plan.questions)[: plan.asked]
+limit = {"max_new_tokens": plan.max_new_tokens}
+
+
+def ask(model) -> list[str]:
+    """Return a model's reply to each question, greedily."""
+    chats = [[{"role": "user", "content": item["question"]}] for item in questions]
+    return replies(model, tokenizer, chats, **limit)
+
+
+def teach(model, lr: float) -> tuple[list[dict], float]:
+    """Train a model in place by lesson 4's recipe; return its log and the seconds it took."""
+    trainer = sft_trainer(
+        plan.changed(lr=lr),
+        model,
+        tokenizer,
+        rows,
+        run_folder(LESSON),
+        seed=SEED,
+        save_strategy="no",
+    )
+    begun = time.perf_counter()
+    trainer.train()
+    model.eval()
+    return trainer.state.log_history, time.perf_counter() - begun
+
+
+base = load_causal_lm(plan, method="full")
+said = {"base": ask(base)}
+
+# %%
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+seconds, logs = {"full": float("nan"), "LoRA": float("nan")}, {"full": [], "LoRA": []}
+if SAVED:
+    full = AutoModelForCausalLM.from_pretrained(run_folder("week06/04_sft_dry_run") / "tuned")
+    full = full.float().to(base.device).eval()
+    lora = load_causal_lm(plan, method="lora")
+    lora = PeftModel.from_pretrained(lora, run_folder("week06/05_lora") / "adapters" / "answers")
+else:
+    full = load_causal_lm(plan, method="full")
+    logs["full"], seconds["full"] = teach(full, plan.lr)
+    set_seed(SEED)
+    adapter = LoraConfig(
+        r=plan.rank, lora_alpha=plan.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    lora = get_peft_model(load_causal_lm(plan, method="lora"), adapter)
+    logs["LoRA"], seconds["LoRA"] = teach(lora, plan.lr_lora)
+models = {"base": base, "full": full, "LoRA": lora}
+said |= {name: ask(models[name]) for name in ("full", "LoRA")}
+release()
+
+# %% [markdown]
+# The panel for full tuning. The items are the same for both models, the replies are whole sentences, and right is what equals the one right sentence (on *tiny*).
+
+# %% tags=["preview"]
+answers = {
+    name: replied(questions, texts, tokenizer, plan.max_new_tokens) for name, texts in said.items()
+}
+first_weights = {name: weight.cpu() for name, weight in base.named_parameters()}
+answered = compare(
+    answers["base"],
+    answers["full"],
+    history=logs["full"],
+    weights=weight_changes(first_weights, full),
+    trained_on=[text["content"] for messages in conversations for text in messages[:1]],
+)
+show_comparison(answered)
+
+# %%
+record("metric", f"{len(questions)} held-out questions answered rightly, after full tuning")
+record("before", round(answered.score_before, 4))
+record("after", round(answered.score_after, 4))
+{name: round(float(each.right.mean()), 3) for name, each in answers.items()}
+
+# %% [markdown]
+# Nobody asked about these people in training, and many answers are right. Where one is wrong, **in which way** is it wrong? Here are replies of the two tuned models to the same questions where they disagree, with the words that differ in bold:
+
+# %%
+import difflib
+import html
+
+from IPython.display import HTML
+
+
+def marked(first: str, second: str) -> tuple[str, str]:
+    """Return two texts as HTML, with the words in bold that the other does not have there."""
+    words = first.split(), second.split()
+    shown = [[html.escape(word) for word in each] for each in words]
+    for kind, a, b, c, d in difflib.SequenceMatcher(None, *words).get_opcodes():
+        for place, (low, high) in enumerate(((a, b), (c, d))):
+            if kind != "equal":
+                shown[place][low:high] = [
+                    f"<b><u>{word}</u></b>" for word in shown[place][low:high]
+                ]
+    return " ".join(shown[0]), " ".join(shown[1])
+
+
+differ = [n for n in range(len(questions)) if said["full"][n] != said["LoRA"][n]][:6]
+contrast = [
+    (html.escape(questions[n]["question"]), *marked(said["full"][n], said["LoRA"][n]),
+     html.escape(questions[n].get("answer", questions[n]["value"])))
+    for n in differ
+]  # fmt: skip
+HTML(
+    pd.DataFrame(contrast, columns=["asked", "full", "LoRA", "right"]).to_html(
+        escape=False, index=False, border=0
+    )
+)
+
+# %% [markdown]
+# On *tiny* they seldom fail by writing nonsense. A wrong reply is a well-made sentence about somebody else, or a true one about something that was not asked. Fluency is no evidence.
+#
+# ## 3. Token by token
+#
+# The untouched model answers nothing, and yet it knows. Take one right answer and ask each model how likely it finds every token of it, given the question and the tokens before. **Guess:** in which tokens do base and tuned model differ?
+
+
+# %%
+def log_probabilities(model, row: dict) -> torch.Tensor:
+    """Return a row's next-token log-probabilities where a token is learnt: (learnt tokens, vocabulary)."""
+    ids = torch.tensor([row["input_ids"]], device=model.device)
+    with torch.no_grad():
+        logits = model(ids).logits[0, :-1].double().cpu()
+    learnt = torch.tensor(row["labels"][1:]) != -100
+    return torch.log_softmax(logits[learnt], dim=-1)
+
+
+def learnt_tokens(row: dict) -> torch.Tensor:
+    """Return the ids of a row's learnt tokens: (learnt tokens,)."""
+    return torch.tensor([label for label in row["labels"][1:] if label != -100])
+
+
+good = [
+    encode(tokenizer, [
+        {"role": "user", "content": item["question"]},
+        {"role": "assistant", "content": item.get("answer", item["value"])},
+    ])
+    for item in questions[:40]
+]  # fmt: skip
+shown = good[0]
+target = learnt_tokens(shown)
+of_token = {
+    name: log_probabilities(model, shown).gather(1, target[:, None])[:, 0].tolist()
+    for name, model in models.items()
+}
+print(questions[0]["question"])
+ax = plots.token_heat([tokenizer.decode([token]) for token in target], of_token)
+
+# %% [markdown]
+# The log-probability of each token; 0 is certain. The base finds the **first** token absurd, since it would go on with another question, and it is undecided where one could say something else of the same person. But *which* animal, it knows as well as the tuned models. Is that one lucky example?
+
+# %%
+places = {name: [[] for _ in range(8)] for name in models}
+for row in good:
+    target = learnt_tokens(row)
+    for name, model in models.items():
+        found = log_probabilities(model, row).gather(1, target[:, None])[:, 0].tolist()
+        for place, value in enumerate(found[:8]):
+            places[name][place].append(value)
+mean_at = {
+    name: (list(range(1, 9)), [float(np.mean(values)) if values else np.nan for values in each])
+    for name, each in places.items()
+}
+ax = plots.lines(
+    mean_at, xlabel="token of the right answer", ylabel="mean log-probability", markers=True
+)
+
+# %% [markdown]
+# It is the rule. What this fine-tuning changed most is **how a reply begins**; what comes after was there before. [Lin et al. (2023)](https://arxiv.org/abs/2312.01552) saw the same in large models: base and tuned model rank the next token alike in most positions, and differ early and in matters of style. [Zhou et al. (2023)](https://arxiv.org/abs/2305.11206) call the idea that tuning mostly teaches a manner the *superficial alignment hypothesis*.
+#
+# ### Distributions narrow
+#
+# Two numbers describe the change of a whole next-token distribution. **Entropy** says how undecided a model is, in nats: `exp(entropy)` is the number of equally likely tokens that would leave it as undecided. The **Kullback-Leibler divergence** says how far the tuned distribution *p* has gone from the base's *q*:
+#
+# $$ D_{\mathrm{KL}}(p \,\|\, q) = \sum_{v} p(v)\, \big( \log p(v) - \log q(v) \big) $$
+#
+# ### Exercise 7.2: how far from the base?
+#
+# *2 points · 8 minutes · easy.* Write `kl(log_p, log_q)` for two tensors of log-probabilities (natural logarithm) of shape (positions, vocabulary): return one divergence a position, shape (positions,). A token that *p* rules out has a log-probability of minus infinity, and adds nothing.
+#
+# <details><summary>Hint</summary>
+# <code>log_p.exp()</code> is p. Zero times minus infinity is <code>nan</code>; <code>torch.where(p > 0, ..., 0)</code> chooses per token.
+# </details>
+
+
+# %%
+# Exercise 7.2
+def kl(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
+    """Return the KL divergence of p from q at each position, in nats."""
+    ### BEGIN SOLUTION
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=-1)
+    ### END SOLUTION
+
+
+# %%
+# Check 7.2
+with check("7.2", points=2):
+    near = lambda value, other: abs(float(value) - other) < 2e-6  # 32-bit arithmetic may pass
+    p = torch.tensor([[0.5, 0.5, 0.0], [0.7, 0.2, 0.1]], dtype=torch.float64)
+    q = torch.tensor([[0.25, 0.25, 0.5], [0.2, 0.2, 0.6]], dtype=torch.float64)
+    pair = p.log(), q.log()
+    found = kl(*pair)
+    assert found is not None, "Your function returns None: is a `return` missing?"
+    assert isinstance(found, torch.Tensor), (
+        f"return a tensor, shape (2,) for two positions; yours is a {type(found).__name__}"
+    )
+    assert found.shape == (2,), (
+        f"one number a position is wanted, shape (2,) for two; yours is {tuple(found.shape)}: sum over the vocabulary only, "
+        "dim=-1"
+    )
+    assert torch.equal(pair[0], p.log()) and torch.equal(pair[1], q.log()), (
+        "kl changes the tensors it is given: make new ones instead of assigning into them"
+    )
+    assert not found.isnan().any(), (
+        "p may be 0: there log p is minus infinity and the product nan. Such a token adds nothing"
+    )
+    wanted = [float(torch.nn.functional.kl_div(q[n].log(), p[n], reduction="sum")) for n in (0, 1)]
+    other = float(torch.nn.functional.kl_div(p[1].log(), q[1], reduction="sum"))
+    assert not near(found[1], float((p[1].log() - q[1].log()).sum())), (
+        "weight each difference of logarithms by p(v): a likely token counts more"
+    )
+    assert not near(found[1], -wanted[1]), "the sign is wrong: log p minus log q"
+    assert not near(abs(found[1]), other), (
+        "that is weighted by q, as in the divergence of q from p; weight by p, the first argument"
+    )
+    assert not near(found[1], wanted[1] / 3), "add up over the vocabulary; you take the mean"
+    assert not near(found[1], wanted[1] / np.log(2)), (
+        "that is in bits; nats are asked for, so natural logarithms"
+    )
+    assert not near(found[1], float(-(p[1] * q[1].log()).sum())), (
+        "that is the cross-entropy; the difference log p - log q is asked for, not log q alone"
+    )
+    assert near(found[1], wanted[1]), (
+        f"for p = (0.7, 0.2, 0.1), q = (0.2, 0.2, 0.6) it is {wanted[1]:.4f} nats; you say {float(found[1]):.4f}"
+    )
+    assert near(found[0], wanted[0]), (
+        f"for p = (0.5, 0.5, 0), q = (0.25, 0.25, 0.5) it is {wanted[0]:.4f} nats; you say {float(found[0]):.4f}. Where p is 0 "
+        "nothing is added, and the rest is summed as before"
+    )
+
+# %% tags=["probe"]
+# Probe 7.2
+import torch
+
+found = []
+for _ in range(5):
+    given = [[rng.choice([0.0, 1.0, 2.0, rng.random()]) for _ in range(6)] for _ in range(2)]
+    log_p = torch.tensor([[given[0][0] + 0.1, *given[0][1:]], [*given[1][:-1], 1.0]])
+    log_q = torch.tensor([[rng.random() + 0.05 for _ in range(6)] for _ in range(2)])
+    log_p, log_q = ((t / t.sum(1, keepdim=True)).double().log() for t in (log_p, log_q))
+    kept = log_p.clone()
+    value = kl(log_p, log_q)
+    found.append([round(each, 4) for each in value.tolist()] + [torch.equal(log_p, kept)])
+publish([type(value).__name__, found])
+
+# %% [markdown]
+# Now both numbers, on text like that of the tuning (the right answers to the questions) and on text like that of the *pre*-training. **Guess** where the tuned models have become more decided.
+
+# %%
+told = text_rows(tokenizer, load_texts(plan.questions), plan.max_length)
+kinds = {"answers (tuned on)": good, "plain text (not tuned on)": told[:40]}
+narrow = []
+for kind, texts in kinds.items():
+    at_start = [log_probabilities(base, row) for row in texts]
+    for name, model in models.items():
+        entropy, away = [], []
+        for row, log_q in zip(texts, at_start):
+            log_p = log_probabilities(model, row)
+            entropy.append(-(log_p.exp() * log_p).sum(-1))
+            away.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        narrow.append({
+            "text": kind, "model": name,
+            "entropy": float(torch.cat(entropy).mean()),
+            "KL to the base": float(torch.cat(away).mean()),
+        })  # fmt: skip
+table(pd.DataFrame(narrow), wrap="")
+
+# %% [markdown]
+# Fine-tuning minimises the divergence from a *narrow* set of texts, starting at weights that had minimised it from a wide one. On those texts the distributions narrow a lot. On other text they do **not** narrow here; they are moved away from the base all the same, and that is what the next section looks at.
+#
+# ## 4. What was forgotten?
+#
+# The recipe's loss counts replies to questions. Nothing in it says *keep the rest*. So measure the rest: **perplexity** on plain text of the kind that pre-training had; a **skill** that nobody trained, sums by four examples in the prompt; and whether the new **format leaks** into a task that does not ask for it: how long does the model go on with a text that it is given the beginning of? **Guess** who forgets more, full tuning or LoRA.
+
+# %%
+import random
+
+dice = random.Random(0)
+sums = [(a, b) for a in range(1, 11) for b in range(1, 11)]
+prompts = []
+for a, b in sums:
+    four = dice.sample([each for each in sums if each != (a, b)], 4)
+    prompts.append("".join(f"{x} + {y} = {x + y}\n" for x, y in four) + f"{a} + {b} =")
+begin = tokenizer.bos_token or ""
+halves = [
+    begin
+    + tokenizer.decode(row["input_ids"][: len(row["input_ids"]) // 3], skip_special_tokens=True)
+    for row in told[:40]
+]
+kept, went_on = [], {}
+for name, model in models.items():
+    added = complete(model, tokenizer, [begin + prompt for prompt in prompts], max_new_tokens=4)
+    went_on[name] = complete(model, tokenizer, halves, **limit)
+    kept.append({
+        "model": name,
+        "perplexity, plain text": perplexity(model, told, tokenizer.eos_token_id),
+        "sums, 4 examples": np.mean([t.split()[:1] == [str(a + b)] for t, (a, b) in zip(added, sums)]),
+        "words it goes on for": np.mean([len(text.split()) for text in went_on[name]]),
+    })  # fmt: skip
+kept = pd.DataFrame(kept)
+table(kept, wrap="")
+
+# %%
+table(
+    pd.DataFrame({"text": [h.removeprefix(begin)[-60:] for h in halves[4:7]]}
+                 | {name: went_on[name][4:7] for name in models}),
+    wrap=("text", *models),
+)  # fmt: skip
+
+# %% [markdown]
+# On *tiny* all three changed for the worse: plain text is more surprising, sums that the base gets right fail now and then, and a text often ends after a sentence, as a reply would. Ten seeds of both runs are stored (`make evidence`; two CPU cores, profile *tiny*); yours are the stars:
+
+# %%
+stored = load_evidence(LESSON, "07_before_after")
+runs = pd.DataFrame(stored["runs"])
+runs["right"] = [text.count("1") / len(text) for text in runs["right"]]
+axes = plots.new_axes(3, width=9.5, height=3.0)
+own = {"right": {n: answers[n].right.mean() for n in models}} | {
+    "perplexity": dict(zip(kept["model"], kept["perplexity, plain text"])),
+    "sums": dict(zip(kept["model"], kept["sums, 4 examples"])),
+}
+for ax, what in zip(axes, own):
+    for place, (method, name) in enumerate((("full", "full"), ("lora", "LoRA"))):
+        values = runs[runs["method"] == method][what]
+        spread = np.linspace(-0.15, 0.15, len(values))
+        ax.plot(place + spread, values, plots.MARKERS[place], color=plots.COLOURS[place], alpha=0.6)
+        ax.plot(place, own[what][name], "*", color="black", markersize=14)
+    ax.set(xticks=[0, 1], xticklabels=["full", "LoRA"], title=what, xlim=(-0.5, 1.5))
+describe(
+    axes,
+    "Ten stored seeds a method, and this run as a star: questions right, perplexity, sums right.",
+)
+
+# %% [markdown]
+# Look at the stars first, then at the clouds around them. One run of each puts LoRA clearly ahead on the questions; ten do not: LoRA answers better in seven seeds of ten, and its worst run is the worst of all. What holds in **all** ten is that it is more surprised by plain text, and in nine that it adds worse. *LoRA forgets less* ([Biderman et al., 2024](https://arxiv.org/abs/2405.09673)) is a finding about other models, rates and ranks, and no law: this LoRA has rank 16 and ten times the rate of full tuning. (Lesson 5 has runs in which it is the other way round, where both have learnt equally much.)
+#
+# ## 5. Which layers moved?
+#
+# For each matrix of the model: the size of its change over its own size. LoRA's change is what it adds when it is merged, `alpha / r` times `B A`. **Guess:** which of the two moved the matrices further?
+
+# %%
+moved = {
+    "full": weight_changes(first_weights, full, by="matrix"),
+    "LoRA, merged": weight_changes(None, lora, by="matrix"),
+}
+grids = {
+    name: frame.pivot(index="matrix", columns="layer", values="relative change")
+    for name, frame in moved.items()
+}
+top = max(float(grid.to_numpy().max()) for grid in grids.values())
+axes = plots.new_axes(2, width=9.5, height=3.4)
+for ax, (name, grid) in zip(axes, grids.items()):
+    plots.heat_map(
+        grid.to_numpy(),
+        list(grid.index),
+        list(grid.columns),
+        xlabel="layer",
+        title=name,
+        ax=ax,
+        vmin=0,
+        vmax=top,
+    )
+
+# %% [markdown]
+# On *tiny*, full tuning moved every matrix by about one twentieth of its size, rather evenly. LoRA moved them some three times as far, the queries and keys furthest. *Few directions* does not mean *a small step*: the rank limits the first, the rate drives the second. It fits with section 4 that what moved further forgot more, though two runs prove no cause.
+#
+# ## 6. Is the difference real?
+#
+# Full tuning or LoRA, which answers better? Both answered the same questions, so look at the **pairs**: most questions are answered rightly by both or by neither, and tell nothing about the difference. Only those that one gets right and the other wrong do.
+
+# %%
+versus = compare(answers["full"], answers["LoRA"])
+pd.crosstab(
+    pd.Series(answers["full"].right, name="full right"),
+    pd.Series(answers["LoRA"].right, name="LoRA right"),
+)
+
+# %% [markdown]
+# If the two were equally good, each of the *b + c* questions in which they differ would fall to one or the other like a coin. **McNemar's test** ([McNemar, 1947](https://doi.org/10.1007/BF02295996)) asks how likely a fair coin falls at least as unevenly as it did.
+#
+# ### Exercise 7.3: McNemar's test
+#
+# *3 points · 12 minutes · medium.* Write `mcnemar_p(first, second)` for two boolean arrays (n,): the exact p-value, for both sides. With *n* discordant pairs of which the smaller count is *k*, it is twice the probability of at most *k* heads in *n* tosses, and never more than 1.
+#
+# <details><summary>Hint</summary>
+# <code>math.comb(n, i)</code> for i from 0 to k, summed, divided by 2 to the n; doubled; at most 1. Where nothing is discordant, p is 1.
+# </details>
+
+
+# %%
+# Exercise 7.3
+import math
+
+
+def mcnemar_p(first: np.ndarray, second: np.ndarray) -> float:
+    """Return the exact two-sided p-value of McNemar's test on paired right and wrong answers."""
+    ### BEGIN SOLUTION
+    only_first = int((first & ~second).sum())
+    only_second = int((second & ~first).sum())
+    n, k = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+    return min(1.0, 2 * tail)
+    ### END SOLUTION
+
+
+# %%
+# Check 7.3
+with check("7.3", points=3):
+    import math
+
+    def pairs_of(both, one, other, none):
+        counts = (
+            (True, True, both),
+            (True, False, one),
+            (False, True, other),
+            (False, False, none),
+        )
+        flat = [pair[:2] for pair in counts for _ in range(pair[2])]
+        return np.array([p[0] for p in flat], bool), np.array([p[1] for p in flat], bool)
+
+    near = lambda value, told: abs(value - told) < 1e-7
+    found = mcnemar_p(*pairs_of(40, 1, 7, 12))
+    assert np.ndim(found) == 0, "return one number"
+    found = float(found)
+    assert not near(found, 9 / 256), (
+        "that is one side; a difference either way counts, so double it"
+    )
+    assert not near(found, 2 / 256), "count k = 1 as well: at most one head, 0 or 1"
+    assert not near(found, 16 / 256), "add up the chances of 0 and of 1 heads, not of 1 alone"
+    for far in (7 - 1, 7 - 1 - 1):  # without and with the correction for continuity
+        assert not near(found, math.erfc(math.sqrt(far**2 / 8 / 2))), (
+            "that is the chi-square approximation; with few discordant pairs use the exact binomial"
+        )
+    assert found < 0.999, (
+        f"1 against 7 is far from even, so p lies well below 1; you say {found:.4f}. Is k the smaller of the two counts, and "
+        "the sum divided by 2 to the n?"
+    )
+    assert near(found, 18 / 256) or abs(found - 18 / 256) > 5e-4, "you round; return p as it is"
+    assert near(found, 18 / 256), (
+        f"1 against 7: twice (1 + 8) / 256 = {18 / 256:.4f}; you say {found:.4f}. Pairs in which both are right, or both "
+        "wrong, do not count"
+    )
+    assert near(mcnemar_p(*pairs_of(0, 7, 1, 0)), 18 / 256), (
+        "which of the two is better must not matter"
+    )
+    same = mcnemar_p(*pairs_of(5, 4, 4, 5))
+    assert same < 1 + 1e-7, f"a probability is at most 1; you say {same:.3f} for 4 against 4"
+    assert near(same, 1), "4 against 4 could not be more even: p = 1"
+    try:
+        nothing = mcnemar_p(*pairs_of(6, 0, 0, 3))
+    except (ZeroDivisionError, ValueError):
+        nothing = None
+    assert nothing is not None and near(nothing, 1), (
+        "no discordant pair: nothing speaks for a difference, p = 1"
+    )
+    big = mcnemar_p(*pairs_of(10, 300, 240, 10))
+    told_p = 2 * sum(math.comb(540, i) for i in range(241)) / 2**540
+    assert near(big, told_p), (
+        f"300 against 240 gives {told_p:.4f}; you say {big:.4f}. With many pairs numpy's integers overflow in 2**n, and 32-bit "
+        "numbers are too coarse: make the counts Python's with int(...)"
+    )
+
+# %% tags=["probe"]
+# Probe 7.3
+import numpy as np
+
+found = []
+for size in [*(rng.randint(4, 60) for _ in range(7)), 600]:
+    first = np.array([rng.random() < 0.6 for _ in range(size)])
+    second = np.array([value if rng.random() < 0.7 else not value for value in first])
+    # p is a whole number over a power of 2: a little more keeps it off the ties of rounding
+    found.append(round(float(mcnemar_p(first, second)) + 1e-9, 7))
+found.append(round(float(mcnemar_p(first, first.copy())), 7))
+publish(found)
+
+# %% [markdown]
+# A p-value says how surprising a difference would be if there were none; it does not say how large it is. An **interval** does. The *bootstrap* ([Efron, 1979](https://doi.org/10.1214/aos/1176344552)) draws new test sets of the same size out of the one there is, with replacement, and looks how the difference varies.
+#
+# ### Exercise 7.4: a bootstrap interval
+#
+# *3 points · 12 minutes · medium.* Write `interval(first, second, picks)`: `first` and `second` are scores of the same items, shape (n,), right or wrong, or any number; `picks`, shape (draws, n), holds the item numbers of each new test set. Return the 2.5th and the 97.5th percentile (`np.percentile`) of the mean of second minus first.
+#
+# <details><summary>Hint</summary>
+# The difference first, one number an item; then <code>difference[picks]</code> has shape (draws, n). Boolean arrays cannot be subtracted: <code>second.astype(float)</code>.
+# </details>
+
+
+# %%
+# Exercise 7.4
+def interval(first: np.ndarray, second: np.ndarray, picks: np.ndarray) -> tuple[float, float]:
+    """Return the bootstrapped 95 % interval of the mean of second - first over items."""
+    ### BEGIN SOLUTION
+    difference = second.astype(float) - first.astype(float)
+    means = difference[picks].mean(axis=1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+    ### END SOLUTION
+
+
+# %%
+# Check 7.4
+with check("7.4", points=3):
+    generator = np.random.default_rng(322)
+    first, second = generator.random(30) < 0.5, generator.random(30) < 0.7
+    draws = generator.integers(0, 30, (300, 30))
+    near = lambda one, two: np.allclose(one, two, rtol=0, atol=2e-6)  # 32-bit arithmetic may pass
+    ends = lambda values: np.percentile(values, [2.5, 97.5])
+    difference = second.astype(float) - first
+    means = difference[draws].mean(axis=1)
+    try:
+        found = interval(first, second, draws)
+    except TypeError as error:
+        assert "boolean subtract" not in str(error), (
+            "right and wrong are booleans, which numpy does not subtract: astype(float) first"
+        )
+        raise
+    assert found is not None, "Your function returns None: is a `return` missing?"
+    assert np.shape(found) == (2,), "return two numbers, low and high"
+    found = np.array([float(end) for end in found])
+    assert not near(found, ends(second[draws].mean(axis=1)) - ends(first[draws].mean(axis=1))), (
+        "that is one interval less another: take each pair's difference first, then one interval"
+    )
+    assert found[0] <= found[1], "the lower end comes first"
+    assert not near(found, ends(-means)), "second minus first is asked for"
+    assert not near(found, np.percentile(means, [5, 95])), (
+        "2.5 % on each side make 95 %; you cut 5 on each"
+    )
+    assert not near(found, np.percentile(means, [0.025, 0.975])), (
+        "np.percentile counts from 0 to 100: 2.5 and 97.5"
+    )
+    assert not near(found, ends(difference[draws])), (
+        "take the mean of each new test set first, difference[picks].mean(axis=1), then percentiles of those means"
+    )
+    assert not near(found, ends(difference[draws].mean(axis=0))), (
+        "a row of picks is a test set: take the mean along axis=1"
+    )
+    assert not near(found, ends(means) * 30), "take each test set's mean, not its sum"
+    assert not near(found, ends(abs(difference)[draws].mean(axis=1))), (
+        "an item that is lost counts -1, one that is gained +1; you count both alike"
+    )
+    half = 1.96 * means.std()
+    assert not near(found, (means.mean() - half, means.mean() + half)), (
+        "that is mean plus-minus 1.96 standard deviations; take percentiles"
+    )
+    assert not near(found, 2 * difference.mean() - ends(means)[::-1]), (
+        "you mirror the percentiles at the mean (the basic bootstrap); the percentiles themselves are asked for"
+    )
+    assert near(found, ends(means)) or abs(found - ends(means)).max() > 0.06, (
+        f"near {ends(means).round(4)}, but not it; you say {found.round(4)}: np.percentile of the means that picks make, "
+        "pairs kept together, with no draws of your own, no normal approximation and nothing rounded"
+    )
+    assert near(found, ends(means)), (
+        f"it should be {ends(means).round(3)}; you say {found.round(3)}. Does each pair stay together, and is there one mean a "
+        "row of picks?"
+    )
+    few = interval(np.array([0.5, 0.1]), np.array([1.0, 0.1]), np.array([[0, 0], [1, 1], [0, 1]]))
+    assert near([float(end) for end in few], ends([0.5, 0.0, 0.25])), (
+        "scores may be any numbers, not only 0 and 1"
+    )
+
+# %% tags=["probe"]
+# Probe 7.4
+import numpy as np
+
+found = []
+for turn in range(6):
+    size = rng.randrange(3, 20, 2)
+    first, second = (
+        np.array([rng.random() if turn % 2 else rng.random() < 0.5 for _ in range(size)])
+        for _ in range(2)
+    )
+    picks = np.array([[rng.randrange(size) for _ in range(size)] for _ in range(200)])
+    found.append([round(float(end), 4) for end in interval(first, second, picks)])
+publish(found)
+
+# %% [markdown]
+# The library has both. For LoRA minus full tuning:
+
+# %%
+test = versus.mcnemar
+{
+    "only LoRA right": test.gained,
+    "only full right": test.lost,
+    "p": f"{test.p_value:.2g}",
+    "difference": round(versus.change, 3),
+    "95 % interval": tuple(round(end, 3) for end in versus.interval),
+}
+
+# %% [markdown]
+# ### How many items does one need?
+#
+# Before a test, one can ask how large it must be. Say the two models disagree on a share of the items, as these do, and one is truly better by so many points. To find that with a chance of 80 % at p < 0.05, how many items must there be ([Connor, 1987](https://doi.org/10.2307/2531961))?
+
+# %%
+from course_lib.significance import items_needed
+
+apart = (test.gained + test.lost) / len(questions)
+points = [0.01, 0.02, 0.03, 0.05, 0.1]
+points = [each for each in points if each < apart]
+needed = [items_needed((apart + each) / 2, (apart - each) / 2) for each in points]
+ax = plots.lines(
+    {"items": (points, needed)},
+    xlabel="true difference",
+    ylabel="items needed",
+    log_x=True,
+    markers=True,
+)
+ax.set_yscale("log")
+for x, y in zip(points, needed):
+    ax.annotate(f"{y:,}", (x, y), textcoords="offset points", xytext=(6, 4))
+
+# %% [markdown]
+# Halve the difference, and you need four times the items. A benchmark of 164 or 500 questions cannot tell models apart that differ by a point, however many digits are printed.
+#
+# ### What the test does not know
+#
+# McNemar's test and the bootstrap ask: *other items, the same two models?* They hold the training run fixed. Here is the other question: the **same recipe**, another seed. Of all pairs of stored runs, how often does the test say p < 0.05? **Guess** first, for two runs of full tuning that differ in nothing but the seed. (A fair test would say so in one pair of twenty.)
+
+# %%
+from itertools import combinations, product
+
+from course_lib.significance import mcnemar
+
+bits = {
+    (run["method"], run["seed"]): np.array([digit == "1" for digit in run["right"]])
+    for run in stored["runs"]
+}
+seeds = sorted({seed for _, seed in bits})
+found = {}
+for name, pairs in {
+    "full and full": [(("full", a), ("full", b)) for a, b in combinations(seeds, 2)],
+    "LoRA and LoRA": [(("lora", a), ("lora", b)) for a, b in combinations(seeds, 2)],
+    "full and LoRA": [(("full", a), ("lora", b)) for a, b in product(seeds, seeds)],
+}.items():
+    p_values = [mcnemar(bits[a], bits[b]).p_value for a, b in pairs]
+    found[name] = {"pairs of runs": len(pairs), "p < 0.05": np.mean(np.array(p_values) < 0.05)}
+table(pd.DataFrame(found).T.reset_index(names="compared"), wrap="")
+
+# %% [markdown]
+# Seven in ten. Two runs of one recipe differ in many answers, each of them firmly, and with 396 questions the test tells their weights apart, as it should: those two **models** are not equally good. But a report mostly claims something else, that the **recipe** is better. For that the unit is the run: train each recipe several times, and compare the scores of the runs. With ten seeds each, the means are 0.62 (full) and 0.68 (LoRA), the standard deviations 0.06 and 0.08 (*tiny*), and the difference is about as large as one standard deviation: not settled.
+#
+# ### A win rate, and how it misleads
+#
+# Where no answer is fixed, one lets a judge compare two replies, and reports a **win rate**. It is only as good as the rule. Three rules on the same replies: the *right* one wins (ties aside); the *longer* one wins; the one that names *more names and things of its own* (more different words) wins.
+
+
+# %%
+def win_rate(first: list[float], second: list[float]) -> tuple[float, float]:
+    """Return how often the second value is larger where they differ, and the share of ties."""
+    first, second = np.array(first), np.array(second)
+    decided = first != second
+    return float((second > first)[decided].mean()) if decided.any() else np.nan, float(
+        1 - decided.mean()
+    )
+
+
+rules = {
+    "right": lambda name: answers[name].right.astype(float),
+    "longer": lambda name: [len(text) for text in said[name]],
+    "more different words": lambda name: [len(set(text.lower().split())) for text in said[name]],
+}
+judged = []
+for one, other in (("base", "full"), ("full", "LoRA")):
+    for rule, value in rules.items():
+        rate, ties = win_rate(value(one), value(other))
+        judged.append(
+            {"match": f"{other} against {one}", "rule": rule, "win rate": rate, "ties": ties}
+        )
+table(pd.DataFrame(judged), wrap="")
+
+# %% [markdown]
+# Full tuning beats the base every time, *and loses every time*, by the second and third rule: the base rambles. Between the two tuned models the rules even point in opposite directions (*tiny*), and three quarters of all pairs are ties that a bare win rate hides. Judges that are themselves language models, and people in a hurry, are known to favour length ([Dubois et al., 2024](https://arxiv.org/abs/2404.04475)). Before you believe a win rate, ask for the rule, the ties, and both lengths.
+#
+# ## 7. Was it worth it?
+#
+# Before all this training: could one have **prompted** the untouched model? A fair comparison takes the same questions. Two prompts. One shows four questions with their answers, then asks. The other asks nothing: it gives the beginning of the sentence that would answer, the form that the base has read in pre-training. (Only where the right sentence is known, so on *tiny*; somebody must rewrite each question into it, and here that somebody knew the answer's form.)
+
+# %%
+short = [
+    m for m in conversations if len(m) == 2 and len(m[0]["content"]) + len(m[1]["content"]) < 160
+]
+four = [dice.sample(short, 4) for _ in questions]
+examples = [
+    "".join(f"Question: {q['content']}\nAnswer: {a['content']}\n" for q, a in shown)
+    + f"Question: {item['question']}\nAnswer:"
+    for shown, item in zip(four, questions)
+]
+prompted = {"four examples": examples}
+if "answer" in questions[0]:
+    prompted["the sentence begun"] = [
+        item["answer"][: item["answer"].lower().rindex(item["value"].lower())].rstrip()
+        for item in questions
+    ]
+ways = [{"way": "the question alone", "right": answers["base"].right.mean(), "training, s": 0.0,
+         "tokens a question": np.mean([len(row["input_ids"]) - len(learnt_tokens(row)) for row in good])}]  # fmt: skip
+for name, texts in prompted.items():
+    given = []
+    for first in range(0, len(texts), 32):
+        given += complete(
+            base, tokenizer, [begin + t for t in texts[first : first + 32]], max_new_tokens=24
+        )
+    first_lines = [text.split("\n")[0] for text in given]
+    found = [i["value"].lower() in g.lower() for i, g in zip(questions, first_lines)]
+    tokens = np.mean([len(tokenizer(text)["input_ids"]) for text in texts])
+    ways.append(
+        {"way": name, "right": np.mean(found), "training, s": 0.0, "tokens a question": tokens}
+    )
+for name in ("full", "LoRA"):
+    ways.append(
+        ways[0]
+        | {
+            "way": f"{name}, tuned",
+            "right": answers[name].right.mean(),
+            "training, s": seconds[name],
+        }
+    )
+ways = pd.DataFrame(ways)
+table(ways, wrap="way")
+
+# %% [markdown]
+# Examples of questions with answers do not help this base at all: in everything it has read, a question is followed by another question, never by its answer. The begun sentence beats **both** tuned models by far. All the facts were there, within reach of the right prompt, and fine-tuning got at fewer of them. What it bought is that one may now ask *in any words*: the prompt needs somebody who turns each question into the beginning of its answer. (On *colab* and *full* the base has read many questions with answers; there the examples may win.)
+
+# %% [markdown]
+# ### Gain over cost
+#
+# A rule of thumb from a course on the subject: fine-tune where the gain over the best prompt, divided by what tuning costs, passes a threshold that **you** set,
+#
+# $$ \frac{P_{\mathrm{tuned}} - P_{\mathrm{prompted}}}{C_{\mathrm{tuning}}} > \tau $$
+#
+# Here the cost is minutes of training. The rule hides two things. *Which* prompt? And a prompt is paid for **with every question**: a token read costs 2 operations a weight, a token trained on 6 ([Kaplan et al., 2020](https://arxiv.org/abs/2001.08361)), so training pays for itself after so many questions, whatever the model's size:
+
+# %%
+trained_tokens = plan.epochs * sum(len(row["input_ids"]) for row in rows)
+alone = ways.iloc[0]
+tuned_right, minutes = answers["full"].right.mean(), seconds["full"] / 60
+worth = []
+for _, way in ways.iloc[: 1 + len(prompted)].iterrows():
+    longer = way["tokens a question"] - alone["tokens a question"]
+    worth.append({
+        "instead of": way["way"],
+        "gain of full tuning": tuned_right - way["right"],
+        "gain a minute": (tuned_right - way["right"]) / minutes,
+        "pays after, questions": f"{3 * trained_tokens / longer:,.0f}" if longer > 1 else "never, by length",
+    })  # fmt: skip
+table(pd.DataFrame(worth), wrap="")
+
+# %% [markdown]
+# The same run has a large gain over one prompt and a negative one over another. So the threshold is the least of it: the number in the numerator depends on how hard somebody tried to prompt, and whoever reports it chose that.
+#
+# What speaks for which, with this lesson's numbers:
+
+# %%
+by_way = ways.set_index("way")
+sums_of = dict(zip(kept["model"], kept["sums, 4 examples"]))
+decisions = [
+    ("examples at hand", "few", "hundreds, consistent", f"{len(rows):,} conversations; {sorting.train_rows:,} labels"),
+    ("the base can do it, asked in the right form", "yes", "no",
+     f"question and answer {by_way.loc['four examples', 'right']:.2f}"
+     + (f", sentence begun {by_way.loc['the sentence begun', 'right']:.2f}" if "the sentence begun" in by_way.index else "")),
+    ("how people will ask", "in one form, made by a program", "in any words", f"tuned, any words: {tuned_right:.2f}"),
+    ("how often", "now and then", "thousands of times",
+     f"{by_way.loc['four examples', 'tokens a question']:.0f} tokens a question against {alone['tokens a question']:.0f}"),
+    ("other skills must stay", "yes", "no, or they are tested",
+     f"sums: {sums_of['base']:.2f} before, {sums_of['full']:.2f} after"),
+    ("time to change one's mind", "seconds", "a run and a new test", f"{seconds['full']:.0f} s a run"),
+]  # fmt: skip
+table(
+    pd.DataFrame(decisions, columns=["what matters", "prompt", "tune", "here"]),
+    wrap=("what matters", "here"),
+)
+
+# %% [markdown]
+# The two are no rivals. A tuned model is prompted, too, and the usual order is: prompt; measure; tune where the prompt is at its end; prompt the tuned model.
+#
+# ### Exercise 7.5: think about it (*open*)
+#
+# *3 points · 12 minutes.* A vendor writes: *"Our fine-tuned 7B beats the base model with a win rate of 71 %, p < 0.001, on 2,000 prompts."* You may ask for three things before you believe that it will serve your customers better. Which three, and what could each of them bring to light? Take this lesson's findings as your arguments.
+
+# %%
+# Exercise 7.5
+### BEGIN SOLUTION
+answer = """
+First the rule of the judge, and the share of ties. In this lesson the longer reply won nearly always
+for one model although the other one was right as often; a judge that likes length or confidence
+gives 71 % to whoever writes more. I would ask for a win rate between replies of equal length, or
+for a task with a fixed answer. Second, how the base was prompted. Against the bare question almost
+anything wins: here the untouched model went from 0 to nearly all facts once it was given the
+beginning of the sentence. The comparison that counts is with the best prompt, at its price a
+question. Third, what got worse, and over how many training runs. p < 0.001 says that other prompts
+of the same kind would give the same sign for these two sets of weights; it says nothing about another
+seed, about my customers' questions, or about skills that the prompts do not touch. Here sums by
+example, which nobody trained, went down while the score went up. I would ask for the scores of a
+general test before and after, for three seeds, and for the overlap of the 2,000 prompts with the
+training data.
+"""
+### END SOLUTION
+
+# %%
+# Check 7.5
+from course_lib.checks import open_question
+
+open_question("7.5", answer, points=3)
+
+# %% [markdown]
+# ## Experiment: five runs that went wrong
+#
+# Each of the following runs went wrong in one way, on purpose, and none ended with an error. They are stored (profile *tiny*, two CPU cores), so the panels are of the miniatures whatever you ran above. The five faults are, in no order:
+#
+# - `"rate too high"`: the learning rate is twenty times the usual one
+# - `"wrong mask"`: the labels are the users' words, and the replies are only read
+# - `"leaked test items"`: the test set is among the training rows
+# - `"one class only"`: the training rows are the first ones of a file sorted by label
+# - `"too long"`: few rows, passed over 25 times
+#
+# Which is which? The panels' own warnings are off.
+
+# %%
+import matplotlib.pyplot as plt
+from course_lib.evaluation import Answers
+
+wrong_runs = load_evidence(LESSON, "07_wrong_runs")
+small = load_task("ag_news", make_plan("week06/01_bert_classification", "tiny"))
+isles = load_questions("isles")[: len(wrong_runs["base"])]
+
+
+def named(run: dict) -> Answers:
+    """Return a stored classifier's answers."""
+    wanted = [small.label_names[label] for label in small.test["label"]]
+    given = [small.label_names[int(digit)] for digit in run["named"]]
+    right = np.array(wanted) == np.array(given)
+    return Answers(
+        list(small.test["text"]), given, wanted, right, "accuracy", np.array(run["confidence"])
+    )
+
+
+def panel_of(run: dict):
+    """Return the before/after comparison of a stored run."""
+    if run["model"] == "classifier":
+        before, after = named(run["before"]), named(run["after"])
+        texts = [small.train[number]["text"] for number in run["trained_on"]]
+        texts += list(small.test["text"]) if run.get("leaked") else []
+    else:
+        before, after, texts = replied(isles, wrong_runs["base"]), replied(isles, run["after"]), []
+    weights = pd.DataFrame(run["weights"].items(), columns=["part", "relative change"])
+    return compare(before, after, history=run["history"], weights=weights, trained_on=texts)
+
+
+stored_runs = [run for run in wrong_runs["runs"] if run["part"] == "wrong" and run["seed"] == 0]
+panels = {letter: panel_of(stored_runs[n]) for letter, n in zip("ABCDE", (3, 1, 4, 0, 2))}
+for letter, panel in panels.items():
+    display(HTML(f"<h3 style='margin:1.2em 0 0'>Run {letter}</h3>"))
+    plots.before_after(panel)
+    plt.show()
+    display(
+        table(
+            panel.examples(3).drop(columns="change"),
+            wrap=("item", "before", "after"),
+        )
+    )
+
+# %% [markdown]
+# ### Exercise 7.6: name the fault
+#
+# *3 points · 12 minutes · medium.* Make `diagnosis` a dict with one of the five names for each letter: `{"A": "...", "B": "...", "C": "...", "D": "...", "E": "..."}`.
+#
+# <details><summary>Hint</summary>
+# Look at three things in turn: does the training loss fall, does the held-out loss follow it, and what does the model say? A loss may fall to nothing for a good reason and for a bad one.
+# </details>
+
+# %%
+# Exercise 7.6
+### BEGIN SOLUTION
+diagnosis = {
+    "A": "one class only",
+    "B": "wrong mask",
+    "C": "too long",
+    "D": "rate too high",
+    "E": "leaked test items",
+}
+### END SOLUTION
+
+# %%
+# Check 7.6
+with check("7.6", points=3, answers=(diagnosis,)):
+    TOLD = {
+        "A": (
+            "one class only",
+            "everything is called by one name, and yet the training loss falls to nothing: for these rows that was right",
+        ),
+        "B": (
+            "wrong mask",
+            "loss and held-out loss fall, the weights move, and the replies are questions: what did it learn to write?",
+        ),
+        "C": (
+            "too long",
+            "the training loss is next to zero for half of the run, and the held-out loss turned upwards early on",
+        ),
+        "D": (
+            "rate too high",
+            "the training loss never fell for good, and the head moved by more than its own size",
+        ),
+        "E": (
+            "leaked test items",
+            "every curve looks healthy, and the score is all but perfect, better than such a held-out loss would let one "
+            "expect: what may the test items have had that the held-out rows had not?",
+        ),
+    }
+    FAULTS = sorted(name for name, _ in TOLD.values())
+    assert isinstance(diagnosis, dict) and set(diagnosis) == set(TOLD), (
+        'a dict with the letters A to E is wanted, {"A": "...", "B": "...", and so on}'
+    )
+    for letter, (told_name, why) in TOLD.items():
+        assert diagnosis[letter] is not ..., f"run {letter} has no name yet"
+        assert diagnosis[letter] in FAULTS, (
+            f"run {letter}: {diagnosis[letter]!r} is none of the five names, {', '.join(FAULTS)}"
+        )
+        assert diagnosis[letter] == told_name, (
+            f"run {letter} is not {diagnosis[letter]!r}. Look again: {why}"
+        )
+
+# %% tags=["probe"]
+# Probe 7.6
+publish([[letter, diagnosis[letter]] for letter in rng.sample("ABCDE", 5)])
+
+# %% [markdown]
+# What do the panels say themselves?
+
+# %%
+for letter, panel in panels.items():
+    display(
+        HTML(
+            f"<b>Run {letter}</b>" + "".join(f"<br>{html.escape(text)}" for text in panel.warnings)
+        )
+    )
+
+# %% [markdown]
+# Each fault has a warning of its own among them, and the faults share some: a rate too high and a file sorted by label both end in one class, and only the loss tells them apart. With five seeds of each fault the panel recognised every run, and it was silent on ten healthy ones (*tiny*; the thresholds were set with some of these runs at hand). It does not see everything: test items that were *rewritten* before they leaked share no ten words, and would pass.
+#
+# ## Summary
+#
+# - A score is one number. Which items changed sides, what each reply begins with, and which matrices moved are others, and they tell *what* was learnt.
+# - This tuning changed above all how a reply begins. The facts were there before (*tiny*).
+# - What training does not ask for may be lost: measure a text and a skill that you did not train.
+# - Compare on the same items, in pairs: McNemar's test, a bootstrap interval of the **change**, and enough items for the difference you look for.
+# - A test about items says nothing about seeds. A win rate is as good as its rule.
+# - Compare with the best prompt, and count what each question costs.
+
+# %%
+from course_lib.checks import report
+
+report()
+
+# %% [markdown]
+# ## In practice
+#
+# - **Write the test first**, keep it away from training, and look for overlaps by program: `compare(..., trained_on=...)` does, for equal texts and for shared runs of ten words.
+# - **Report the change with its interval**, not two scores. The two scores' own intervals overlap long before the paired difference becomes doubtful.
+# - **Many comparisons** find something by chance: of twenty tests at 0.05, one. Choose the one comparison beforehand.
+# - **Keep a general test** for what must not be lost; common ones are HellaSwag, ARC and WinoGrande ([Biderman et al., 2024](https://arxiv.org/abs/2405.09673) measured forgetting by them), run by [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness).
+# - **Judges like length.** AlpacaEval's length-controlled win rate raised its correlation with human ranking from 0.94 to 0.98 ([Dubois et al., 2024](https://arxiv.org/abs/2404.04475)).
+# - **To forget less:** fewer steps, a lower rate, a lower rank, and some general data mixed in. At an equal score the order of full tuning and LoRA is not settled by this course's runs (lesson 5).
+#
+# ## References
+#
+# - Biderman, D. et al. (2024). LoRA Learns Less and Forgets Less. [arXiv:2405.09673](https://arxiv.org/abs/2405.09673)
+# - Connor, R. J. (1987). Sample Size for Testing Differences in Proportions for the Paired-Sample Design. *Biometrics* 43. [doi:10.2307/2531961](https://doi.org/10.2307/2531961)
+# - Dubois, Y. et al. (2024). Length-Controlled AlpacaEval: A Simple Way to Debias Automatic Evaluators. [arXiv:2404.04475](https://arxiv.org/abs/2404.04475)
+# - Efron, B. (1979). Bootstrap Methods: Another Look at the Jackknife. *Annals of Statistics* 7. [doi:10.1214/aos/1176344552](https://doi.org/10.1214/aos/1176344552)
+# - Guo, C. et al. (2017). On Calibration of Modern Neural Networks. [arXiv:1706.04599](https://arxiv.org/abs/1706.04599)
+# - Kaplan, J. et al. (2020). Scaling Laws for Neural Language Models. [arXiv:2001.08361](https://arxiv.org/abs/2001.08361)
+# - Lin, B. Y. et al. (2023). The Unlocking Spell on Base LLMs: Rethinking Alignment via In-Context Learning. [arXiv:2312.01552](https://arxiv.org/abs/2312.01552)
+# - McNemar, Q. (1947). Note on the Sampling Error of the Difference Between Correlated Proportions or Percentages. *Psychometrika* 12. [doi:10.1007/BF02295996](https://doi.org/10.1007/BF02295996)
+# - Zhou, C. et al. (2023). LIMA: Less Is More for Alignment. [arXiv:2305.11206](https://arxiv.org/abs/2305.11206)
+# - Models and data: mini-bert, mini-zephyr, news and conversations, made for this course (`data/`, Apache-2.0 and CC0); [google-bert/bert-base-uncased](https://huggingface.co/google-bert/bert-base-uncased), [HuggingFaceTB/SmolLM2-135M](https://huggingface.co/HuggingFaceTB/SmolLM2-135M) and [SmolLM2-1.7B](https://huggingface.co/HuggingFaceTB/SmolLM2-1.7B) (Apache-2.0); [fancyzhx/ag_news](https://huggingface.co/datasets/fancyzhx/ag_news) (research use); [tatsu-lab/alpaca](https://huggingface.co/datasets/tatsu-lab/alpaca) (CC BY-NC 4.0)
+#
+# ## Going further
+#
+# ### One number against miscalibration
+#
+# **Temperature scaling** ([Guo et al., 2017](https://arxiv.org/abs/1706.04599)) divides all logits by one number, chosen on the *validation* split so that the right classes become as likely as possible. It changes no answer, for the largest logit stays the largest.
+
+# %%
+p_validation = predict(classifier, task.validation, reader, max_length=sorting.max_length)
+
+
+def tempered(probabilities: np.ndarray, temperature: float) -> np.ndarray:
+    """Return probabilities after dividing their logits by a temperature."""
+    return torch.softmax(
+        torch.tensor(probabilities).clamp(min=1e-12).log() / temperature, dim=-1
+    ).numpy()
+
+
+wanted = np.array(task.validation["label"])
+steps = np.geomspace(0.2, 5, 81)
+cost = [-np.log(tempered(p_validation, t)[np.arange(len(wanted)), wanted]).mean() for t in steps]
+best = float(steps[int(np.argmin(cost))])
+cooled = tempered(p_after, best)
+{
+    "temperature": round(best, 2),
+    "ECE as trained": round(reliability(p_after)[2], 3),
+    "ECE scaled": round(reliability(cooled)[2], 3),
+    "answers changed": int((cooled.argmax(1) != p_after.argmax(1)).sum()),
+}
+
+# %% [markdown]
+# A temperature below 1 sharpens, one above 1 softens. One number, and confidence and accuracy agree again; no answer changed. It must be chosen on *other* items than it is judged by, hence on validation.
+#
+# ### The test set in two dimensions
+#
+# What the head reads is one vector a text. Projected onto the two directions in which these vectors vary most (*principal component analysis*), before and after. **Guess:** are the sections apart before training?
+
+# %%
+from sklearn.decomposition import PCA
+
+
+def vectors(model) -> np.ndarray:
+    """Return the vector that each test item's head reads: (items, hidden)."""
+    found = []
+    for first in range(0, len(task.test), 64):
+        texts = list(task.test["text"][first : first + 64])
+        batch = reader(
+            texts, truncation=True, max_length=sorting.max_length, padding=True, return_tensors="pt"
+        )
+        with torch.no_grad():
+            found.append(model.base_model(**batch.to(model.device)).pooler_output.float().cpu())
+    return torch.cat(found).numpy()
+
+
+untouched = load_classifier(sorting, names, seed=SEED).eval()
+axes = plots.new_axes(2, width=9.0, height=3.6)
+for ax, (title, model) in zip(axes, {"before": untouched, "after": classifier}.items()):
+    pca = PCA(2)
+    flat = pca.fit_transform(vectors(model))
+    for number, name in enumerate(names):
+        ax.plot(*flat[labels == number].T, plots.MARKERS[number], color=plots.COLOURS[number],
+                markersize=5, alpha=0.7, label=name)  # fmt: skip
+    share = pca.explained_variance_ratio_.sum()
+    ax.set(title=f"{title}: {share:.0%} of the variance", xticks=[], yticks=[])
+_ = axes[1].legend(fontsize=9, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+
+# %% [markdown]
+# Before, the sections overlap, but they are not mixed at random: on *tiny* sport already lies apart, since pre-training put texts of a kind near each other. Fine-tuning pulled the four into clusters. The few points between or inside another section's cluster are the items to read.
