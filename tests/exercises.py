@@ -105,6 +105,11 @@ class LessonTests:
     def at_hand(self, namespace: dict) -> dict:
         return {name: namespace[name] for name in self.tools}
 
+    def test_a_lesson_that_trains_shows_the_before_and_after_panel(self):
+        code = "\n".join(cell.source for cell in self.lesson.cells if cell.kind == "code")
+        trains = any(word in code for word in ("trainer.train(", " fit(", "teach("))
+        assert trains == ("show_comparison(" in code)
+
     def test_every_exercise_but_the_open_one_has_wrong_answers(self):
         assert set(self.wrong) == set(self.lesson.by_role("probe"))
         assert set(self.lesson.by_role("exercise")) - set(self.wrong) == {self.open_question}

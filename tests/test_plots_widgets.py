@@ -309,7 +309,7 @@ def test_before_and_after_show_scores_losses_sides_and_weights():
         f"{told.score_after:.2f}",
         f"{told.change:+.2f}",
     ]
-    assert [line.get_label() for line in axes[1].get_lines()] == ["train", "held-out"]
+    assert [line.get_label() for line in axes[1].get_lines()] == ["train", "held-out", "step 20 kept"]
     assert bars_of(axes[3])["head"] == pytest.approx(140) and axes[3].get_title() == "Moved most: head"
 
 
