@@ -20,7 +20,7 @@ from course_lib.batches import check_rows, lm_loss, pad_batch
 from course_lib.chat import IGNORED
 from course_lib.data import tokenize
 from course_lib.errors import DataError, TrainingError, explain_errors
-from course_lib.significance import McNemar, bootstrap_interval, items_needed, mcnemar
+from course_lib.significance import McNemar, bootstrap_interval, change_interval, items_needed, mcnemar
 
 
 @explain_errors("prediction")
@@ -56,6 +56,40 @@ def scores(probabilities: np.ndarray, labels) -> dict[str, float]:
         "accuracy": float(accuracy_score(labels, predicted)),
         "macro_f1": float(f1_score(labels, predicted, average="macro", zero_division=0)),
     }
+
+
+def calibration(confidence, right, bins: int = 10):
+    """Return a data frame of how right a model is when it is how sure: confidence, accuracy and items. (Week 6, lesson 7.)
+
+    One row a bin that holds items, of ``bins`` equally wide ones between 0 and 1, an edge in the lower one; ``confidence``
+    is the probability of the class it names (n,), ``right`` whether that was so (n,).
+    """
+    import pandas as pd
+
+    confidence, right = np.asarray(confidence, dtype=float), np.asarray(right, dtype=bool)
+    if confidence.ndim != 1 or confidence.shape != right.shape or not len(confidence):
+        raise DataError(f"one confidence and one right or wrong an item; you gave {confidence.shape} and {right.shape}")
+    place = np.ceil(confidence * bins).astype(int)
+    chosen = [place == number for number in np.unique(place)]
+    rows = [(confidence[here].mean(), right[here].mean(), int(here.sum())) for here in chosen]
+    return pd.DataFrame(rows, columns=["confidence", "accuracy", "items"])
+
+
+def expected_calibration_error(confidence, right, bins: int = 10) -> float:
+    """Return the gap between confidence and accuracy, over bins weighted by their items (Guo et al. 2017). (Week 6, lesson 7.)"""
+    frame = calibration(confidence, right, bins)
+    return float(((frame["accuracy"] - frame["confidence"]).abs() * frame["items"]).sum() / frame["items"].sum())
+
+
+def kl_divergence(log_p, log_q):
+    """Return KL(p || q) in nats at each position, from log-probabilities (positions, vocabulary). (Week 6, lesson 7.)
+
+    A token that p rules out (log-probability minus infinity) adds nothing. Kullback and Leibler 1951.
+    """
+    import torch
+
+    p = log_p.exp()
+    return torch.where(p > 0, p * (log_p - log_q), 0.0).sum(dim=-1)
 
 
 def normalise(text: str) -> str:
@@ -178,7 +212,13 @@ class Answers:
     cut: np.ndarray | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "right", np.asarray(self.right, dtype=bool))
+        for field in ("items", "given", "wanted"):
+            object.__setattr__(self, field, list(getattr(self, field)))
+        for field, kind in (("right", bool), ("confidence", float), ("cut", bool)):
+            if getattr(self, field) is not None:
+                object.__setattr__(self, field, np.asarray(getattr(self, field), dtype=kind))
+        if self.confidence is not None and not np.isfinite(self.confidence).all():
+            raise TrainingError("a probability is not a number: the weights broke in training; lower the learning rate")
         each = (self.items, self.given, self.wanted, self.right, self.confidence, self.cut)
         if len(lengths := {len(values) for values in each if values is not None}) > 1:
             raise DataError(f"an answer to each item is needed; these have the lengths {sorted(lengths)}")
@@ -211,7 +251,8 @@ def classified(split, probabilities: np.ndarray, names: list[str]) -> Answers:
 def replied(questions: list[dict], replies: list[str], tokenizer=None, max_new_tokens: int | None = None) -> Answers:
     """Return a model's replies to `data.load_questions`' questions as answers, right as in `share_right`. (Week 6, lesson 4.)
 
-    With the tokenizer and the limit that the replies were written with, a reply of that many tokens counts as cut.
+    With the tokenizer and the limit that the replies were written with, a reply of that many tokens counts as cut, as
+    far as its text tells: special tokens that it ended in are not in it.
     Raises DataError where there are no questions.
     """
     right, cut = _which_right(replies, questions), None
@@ -265,8 +306,8 @@ class Comparison:
 
     @cached_property
     def interval(self) -> tuple[float, float]:
-        """Return the bootstrapped 95 % interval of the change."""
-        return bootstrap_interval(self.before.right, self.after.right)
+        """Return the 95 % interval of the change, by `significance.change_interval`."""
+        return change_interval(self.before.right, self.after.right)
 
     @cached_property
     def mcnemar(self) -> McNemar:
@@ -370,6 +411,8 @@ def compare(
     with no proof that a weight moved.
     """
     _check_same_items(before, after)
+    if weights is not None and "relative change" not in weights:
+        raise DataError("weights is no frame of changes; make it by weights.weight_changes(before, model)")
     losses, held_out = _points(history, "loss"), _points(history, "eval_loss")
     _check_losses(history, losses, held_out)
     moved = weights is not None and bool((weights["relative change"] > 0).any())
@@ -402,7 +445,8 @@ def _check_same_items(before: Answers, after: Answers) -> None:
 
 
 def _points(history, name: str) -> list[tuple[int, float]]:
-    return [(entry.get("step", number), float(entry[name])) for number, entry in enumerate(history) if name in entry]
+    kept = [(entry.get("step", number), entry[name]) for number, entry in enumerate(history) if name in entry]
+    return [(step, float("nan" if value is None else value)) for step, value in kept]
 
 
 def _check_losses(history, losses: list, held_out: list) -> None:
@@ -413,6 +457,11 @@ def _check_losses(history, losses: list, held_out: list) -> None:
                     f"the {kind} loss is {loss} at step {step}: the run broke; start from fresh weights with a lower "
                     "learning rate"
                 )
+    norms = [float(entry["grad_norm"]) for entry in history if entry.get("grad_norm") is not None]
+    if losses and norms and all(map(math.isnan, norms)) and any(loss for _, loss in losses):
+        raise TrainingError(
+            "no gradient is a number, so nothing can have been learnt; start from fresh weights with a lower learning rate"
+        )
     hidden = [entry for entry in history if entry.get("loss") == 0 and math.isnan(float(entry.get("grad_norm") or 0))]
     if losses and (hidden or not any(loss for _, loss in losses)):
         step = hidden[0].get("step", 0) if hidden else losses[0][0]
@@ -482,9 +531,9 @@ def _held_out_rose(found: Comparison) -> str:
     if last <= 1.05 * lowest:
         return ""
     return (
-        f"The held-out loss rose from {lowest:.3f} at step {step} to {last:.3f} at step {end}: what the model "
-        f"learnt since does not carry over. Train for fewer steps or at a lower rate, or keep the weights of step {step} "
-        "(load_best_model_at_end)."
+        f"The held-out loss rose from {lowest:.3f} at step {step} to {last:.3f} at step {end}: by its loss, "
+        f"what the model learnt since does not carry over. Look at the score of step {step}, too; keep its weights "
+        "(load_best_model_at_end), or train for fewer steps or at a lower rate."
     )
 
 

@@ -61,21 +61,48 @@ def _cells(ax, shades, texts, rows, columns, *, vmin=None, vmax=None, size=9, as
 def heat_map(values, rows, columns, *, xlabel="", ylabel="", title="", digits: int = 2, ax=None, vmin=None, vmax=None):
     """Draw numbers, shape (rows, columns), as cells that are the darker the larger; return the Axes. (Week 6, lesson 4.)
 
-    Every cell says its number; NaN is an empty cell. Beyond 300 cells a colour bar stands for the numbers.
+    Every cell says its number; NaN is an empty cell. Where there are too many cells for numbers, a colour bar stands for
+    them.
     """
     values = np.asarray(values, dtype=float)
     if values.shape != (len(rows), len(columns)):
         raise DataError(f"{values.shape} values for {len(rows)} rows and {len(columns)} columns; turn them with .T?")
     wide = min(9.5, 1.6 + 0.62 * len(columns))
     ax = ax if ax is not None else new_axes(width=wide, height=min(8.0, 1.0 + 0.32 * len(rows)))
+    room = ax.figure.get_size_inches()[0] * ax.get_position().width / len(columns)  # inches a cell
+    many = values.size > 300 or room < 0.09 * (digits + 2)
     texts = [
-        ["" if np.isnan(value) or values.size > 300 else f"{np.round(value, digits) + 0.0:.{digits}f}" for value in row]
+        ["" if np.isnan(value) or many else f"{np.round(value, digits) + 0.0:.{digits}f}" for value in row]
         for row in values
     ]
     image = _cells(ax, values, np.array(texts), rows, columns, vmin=vmin, vmax=vmax, aspect="auto")
-    if values.size > 300:
+    if many:
         ax.figure.colorbar(image, ax=ax)
+    if room < 0.2:
+        every = int(np.ceil(0.25 / room))
+        ax.set_xticks(range(0, len(columns), every), list(columns)[::every])
     ax.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    return ax
+
+
+def strip(groups: dict[str, list[float]], own: dict[str, float], *, ylabel: str, ax=None):
+    """Draw each group's values as marks beside each other, and one value of one's own as a star; return the Axes. (Week 6, lesson 7.)"""
+    ax = ax if ax is not None else new_axes(width=3.2)
+    for place, (name, values) in enumerate(groups.items()):
+        spread = place + np.linspace(-0.18, 0.18, len(values))
+        style = {"color": COLOURS[place], "alpha": 0.6, "linestyle": "none", "label": name}
+        ax.plot(spread, values, marker=MARKERS[place], **style)
+        if name in own:
+            ax.plot(
+                [place],
+                [own[name]],
+                marker="*",
+                color="black",
+                markersize=14,
+                linestyle="none",
+                label=f"{name}, own run",
+            )
+    ax.set(xticks=range(len(groups)), xticklabels=list(groups), xlim=(-0.6, len(groups) - 0.4), ylabel=ylabel)
     return ax
 
 

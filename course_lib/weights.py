@@ -97,6 +97,11 @@ def _pairs(before: dict | None, model):
             taken = next((before[name] for name in (full, plain, short) if name in before), None)
             if taken is None:
                 raise DataError(f"the snapshot has no weight {short}: was it taken of this model?")
+            if taken.shape != weight.shape:
+                raise DataError(
+                    f"{short} has the shape {tuple(weight.shape)}, in the snapshot {tuple(taken.shape)}: it was taken of "
+                    "another model"
+                )
             if taken.is_floating_point():  # 4 bits are frozen, and a copy of them cannot be decoded
                 old = _decoded(taken).to(now.device)
         yield short, old, now

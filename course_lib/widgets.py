@@ -5,6 +5,7 @@ COURSE_STATIC=1 in the environment (as tools/run and the tests set it) shows the
 
 from __future__ import annotations
 
+import difflib
 import html
 import os
 import time
@@ -120,6 +121,17 @@ def show_comparison(comparison, count: int = 6) -> None:
     back.on_click(lambda _: turn(-1))
     on.on_click(lambda _: turn(1))
     display(ipywidgets.VBox([ipywidgets.HBox([back, on]), shown]))
+
+
+def differences(first: str, second: str) -> tuple[str, str]:
+    """Return two texts as HTML, with the words bold and underlined that the other does not have there. (Week 6, lesson 7.)"""
+    words = first.split(), second.split()
+    shown = [[html.escape(word) for word in each] for each in words]
+    for kind, *ends in difflib.SequenceMatcher(None, *words, autojunk=False).get_opcodes():
+        for place, (low, high) in enumerate((ends[:2], ends[2:])):
+            if kind != "equal":
+                shown[place][low:high] = [f"<b><u>{word}</u></b>" for word in shown[place][low:high]]
+    return " ".join(shown[0]), " ".join(shown[1])
 
 
 def classify_box(classify: Callable[[str], dict[str, float]], examples: list[str]) -> None:

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pandas as pd
 import pytest
+import scipy.stats
 import torch
 from conftest import LESSON, MACHINES
 from datasets import ClassLabel, Dataset, Features, Value
@@ -18,7 +19,7 @@ from course_lib.data import load_task, tokenize
 from course_lib.errors import DataError, ModelError, TrainingError
 from course_lib.evaluation import Answers, classified, compare, replied
 from course_lib.profiles import make_plan
-from course_lib.significance import bootstrap_interval, mcnemar
+from course_lib.significance import change_interval, mcnemar
 from course_lib.weights import snapshot, weight_changes
 
 NAMES = ["bad", "good"]
@@ -111,7 +112,7 @@ def test_a_comparison_counts_by_hand():
     assert (found.metric, found.score_before, found.score_after) == ("accuracy", 6 / 11, 8 / 11)
     assert found.change == pytest.approx(2 / 11)
     assert (found.mcnemar.gained, found.mcnemar.lost, found.mcnemar.p_value) == (3, 1, 10 / 16)
-    assert found.interval == bootstrap_interval(before.right, after.right)
+    assert found.interval == change_interval(before.right, after.right)
     assert found.mcnemar == mcnemar(before.right, after.right)
 
 
@@ -283,7 +284,7 @@ def test_warnings_stand_under_the_table_with_a_sign_and_the_word():
 def test_a_change_within_chance_is_told_as_such():
     text = warned(sides(50, 6, 4, 40), "not told apart from none")
     assert "6 of 100 items gained, 4 lost" in text and "p = 0.754" in text and "with about 1,960 items" in text
-    one_sided = warned(sides(50, 5, 0, 45), "not told apart from none")  # the bootstrap's interval is above 0 here
+    one_sided = warned(sides(50, 5, 0, 45), "not told apart from none")
     assert "p = 0.062" in one_sided
 
 
@@ -514,6 +515,46 @@ def test_a_trainer_whose_labels_are_all_masked_is_refused(tmp_path):
     trainer.train()
     with pytest.raises(TrainingError, match="no token or label was learnt"):
         compare(*sides(60, 90, 5, 45), history=trainer.state.log_history)
+
+
+def test_a_run_without_a_gradient_that_is_a_number_is_refused():
+    broken = [{"loss": 1.0, "grad_norm": float("nan"), "step": step} for step in range(4)]
+    with pytest.raises(TrainingError, match="no gradient is a number"):
+        compare(*sides(60, 90, 5, 45), history=broken)
+    skipped = [broken[0], *({"loss": 1.0 - step / 5, "grad_norm": 2.0, "step": step} for step in range(1, 4))]
+    assert compare(*sides(60, 90, 5, 45), history=skipped).losses[0] == (0, 1.0)  # a step that a GradScaler skips
+
+
+def test_odd_answers_are_taken_as_what_they_mean_or_refused():
+    before, after = sides(60, 90, 5, 45)
+    plain = replace(
+        after, confidence=after.confidence.tolist(), items=np.array(after.items), right=after.right.tolist()
+    )
+    assert compare(before, plain).summary().equals(compare(before, after).summary())
+    with pytest.raises(TrainingError, match="a probability is not a number"):
+        replace(after, confidence=np.where(after.right, np.nan, 0.5))
+    with pytest.raises(DataError, match="no frame of changes"):
+        compare(before, after, weights=pd.DataFrame({"part": ["head"]}))
+    with pytest.raises(TrainingError, match="training loss is nan at step 1"):
+        compare(before, after, history=[{"step": 1, "loss": None}])
+
+
+def test_calibration_by_hand_and_kl_by_scipy():
+    frame = evaluation.calibration([0.96, 0.98, 0.92, 0.57], [False, True, True, False])
+    assert frame["items"].tolist() == [1, 3]
+    assert frame["confidence"].tolist() == pytest.approx([0.57, 2.86 / 3])
+    error = evaluation.expected_calibration_error([0.96, 0.98, 0.92, 0.57], [False, True, True, False])
+    assert error == pytest.approx((3 * (2.86 / 3 - 2 / 3) + 0.57) / 4, abs=1e-12)
+    assert evaluation.calibration([0.5, 1.0], [True, True], bins=2)["items"].tolist() == [1, 1]  # edges go down
+    with pytest.raises(DataError, match="one confidence"):
+        evaluation.calibration([0.5], [True, False])
+    rng = np.random.default_rng(0)
+    p, q = (rng.dirichlet(np.full(20, 0.3), size=7) for _ in range(2))
+    p[0, 3], p[1, :5] = 0, 0
+    p /= p.sum(axis=1, keepdims=True)
+    with np.errstate(divide="ignore"):
+        found = evaluation.kl_divergence(torch.tensor(np.log(p)), torch.tensor(np.log(q)))
+    assert found.numpy() == pytest.approx(scipy.stats.entropy(p, q, axis=1), abs=1e-9)
 
 
 def test_answers_that_are_the_very_same_are_refused_unless_weights_are_proved_to_have_moved():

@@ -15,7 +15,7 @@ from matplotlib.container import ErrorbarContainer
 from matplotlib.patches import Polygon
 
 from course_lib import alttext, plots
-from course_lib.significance import bootstrap_interval, mcnemar
+from course_lib.significance import change_interval, mcnemar
 from tools import pages
 
 CLASSES = ["World", "Sports", "Business", "Sci/Tech"]
@@ -39,7 +39,7 @@ def comparison(num_items=120, *, better=True, held_out=True, weights="part", met
         score_before=float(before.mean()),
         score_after=float(after.mean()),
         change=float(after.mean() - before.mean()),
-        interval=bootstrap_interval(before, after),
+        interval=change_interval(before, after),
         mcnemar=mcnemar(before, after),
         losses=losses if held_out is not None else [],
         held_out=[(step, loss + 0.1) for step, loss in losses[9::10]] if held_out else [],
@@ -86,6 +86,9 @@ FIGURES = {
     "arrows": lambda: draw_arrows(14, [f"a text of some words, number {n}" for n in range(14)]),
     "arrows, labelled": lambda: draw_arrows(60, [f"a text of some words, number {n}" for n in range(60)]),
     "arrows, many": lambda: draw_arrows(500),
+    "strip": lambda: plots.strip(
+        {"full": [0.6, 0.7, 0.5], "LoRA": [0.7, 0.6, 0.8]}, {"LoRA": 0.65}, ylabel="share right"
+    ),
     "flows": lambda: plots.flows({name: flow(n) for n, name in enumerate(CLASSES)}, CLASSES),
     "flows, one": lambda: plots.flows(
         {"Sports": np.array([[0, 9, 1, 0], [0, 30, 0, 2], [0] * 4, [0, 4, 0, 3]])}, CLASSES

@@ -9,7 +9,7 @@
 # %% [markdown]
 # # What did fine-tuning change?
 #
-# A run is over, the loss went down, and a score went up. Four questions remain, and most reports stop before the first. What does the model do now that it did not do before? What does it no longer do? Would the gain be there with other test items, or another seed? And would a better prompt have done the same?
+# A run is over, the loss went down, and a score went up. Four questions remain. What does the model do now that it did not do before? What does it no longer do? Would the gain be there with other test items, or another seed? And would a better prompt have done the same?
 #
 # **What you'll build.** A before/after report on two models of your own, a classifier and a language model tuned in two ways, that you would sign.
 #
@@ -21,7 +21,7 @@
 # - **Weigh** the gain against its cost, and against a prompt
 # - **Recognise** five runs that went wrong
 #
-# **What you'll need.** Lessons 1, 4 and 5; about 80 minutes, and some 60 more if you solve every exercise. On two CPU cores (profile *tiny*) the notebook runs in under 90 seconds with about 2 GB of memory. On a T4 it tunes BERT-base and SmolLM2-135M and downloads some 0.7 GB (not yet run on one).
+# **What you'll need.** Lessons 1, 4 and 5; about 80 minutes, and some 70 more if you solve every exercise. On two CPU cores (profile *tiny*) the notebook runs in under 90 seconds with about 2 GB of memory. On a T4 it tunes BERT-base and SmolLM2-135M and downloads some 0.7 GB (not yet run on one).
 
 # %% tags=["parameters"]
 PROFILE = "auto"  # @param ["auto", "tiny", "colab", "full"]
@@ -57,7 +57,8 @@ plan
 
 # %%
 sorting = make_plan("week06/01_bert_classification", PROFILE)
-sorting = sorting.changed(train_rows=plan.classifier_rows, epochs=plan.classifier_epochs)
+if not SAVED:
+    sorting = sorting.changed(train_rows=plan.classifier_rows, epochs=plan.classifier_epochs)
 sorting
 
 # %% [markdown]
@@ -66,22 +67,38 @@ sorting
 # Lesson 1's task, with fewer labels: sort the news by section. First every test item goes through the untouched model, then training, then the same items again.
 
 # %%
-from course_lib.train import fit
-from transformers import AutoModelForSequenceClassification
+from pathlib import Path
+
+from course_lib.errors import ModelError
+
+
+def saved_by(lesson: str, *names: str) -> Path:
+    """Return where a lesson saved a model; raise ModelError where it did not."""
+    found = run_folder(lesson).joinpath(*names)
+    if not (found.is_dir() and any(found.glob("*.safetensors"))):
+        raise ModelError(
+            f"{found} holds no model: run lesson {lesson} to its end first, or set SAVED = False"
+        )
+    return found
+
 
 task = load_task("ag_news", sorting)
 names = task.label_names
+labels = np.array(task.test["label"])
 reader = load_tokenizer(sorting)
-classifier = load_classifier(sorting, names, seed=SEED)
-start_weights = snapshot(classifier)
-p_before = predict(classifier, task.test, reader, max_length=sorting.max_length)
+untouched = load_classifier(sorting, names, seed=SEED)
+p_before = predict(untouched, task.test, reader, max_length=sorting.max_length)
 
 # %%
+from course_lib.train import fit
+from transformers import AutoModelForSequenceClassification
+
 if SAVED:
-    saved = run_folder("week06/01_bert_classification") / "classifier"
-    classifier = AutoModelForSequenceClassification.from_pretrained(saved).to(classifier.device)
+    folder = saved_by("week06/01_bert_classification", "classifier")
+    classifier = AutoModelForSequenceClassification.from_pretrained(folder).to(untouched.device)
     history = []
 else:
+    classifier = load_classifier(sorting, names, seed=SEED)
     news_rows = tokenize(task.train, reader, sorting.max_length)
     how = {"lr": sorting.lr, "batch_size": sorting.batch_size, "dtype": sorting.dtype}
     history = fit(classifier, news_rows, reader, steps=sorting.steps, seed=SEED, **how)
@@ -95,7 +112,7 @@ sorted_news = compare(
     classified(task.test, p_before, names),
     classified(task.test, p_after, names),
     history=history,
-    weights=weight_changes(start_weights, classifier),
+    weights=weight_changes(snapshot(untouched), classifier),
     trained_on=task.train["text"],
 )
 show_comparison(sorted_news, count=4)
@@ -108,18 +125,31 @@ show_comparison(sorted_news, count=4)
 # A score counts items that crossed a line. It does not say how far the others moved. Here each item is an arrow, from its probability of the right class before to the one after:
 
 # %%
-ax = plots.arrows(p_before[np.arange(len(p_before)), task.test["label"]],
-                  p_after[np.arange(len(p_after)), task.test["label"]])  # fmt: skip
+items = np.arange(len(labels))
+right_before, right_after = p_before[items, labels], p_after[items, labels]
+ax = plots.arrows(right_before, right_after)
+
+# %%
+worst = np.argsort(right_after - right_before)[:3]
+table(
+    pd.DataFrame(
+        {
+            "text": [task.test["text"][int(n)] for n in worst],
+            "right class": [names[label] for label in labels[worst]],
+            "p before": right_before[worst],
+            "p after": right_after[worst],
+        }
+    )
+)
 
 # %% [markdown]
-# Before, the random head gives every class about a quarter. After, most arrows end between 0.8 and 0.9, and the few that point left are the items to read: the table above has them.
+# Before, the random head gives every class about a quarter. After, most arrows end between 0.8 and 0.9 (*tiny*). The few that point left are the items to read, and the table holds the three that lost most: would you have known?
 #
 # ### Where did each class go?
 #
 # A confusion matrix shows one moment; **flows** show the way between two. Each panel holds the items of one true class, on the left as they were called before, on the right as they are called now. Plain ribbons end rightly, hatched ones wrongly.
 
 # %%
-labels = np.array(task.test["label"])
 flows = {}
 for number, name in enumerate(names):
     counts = np.zeros((len(names), len(names)), int)
@@ -129,7 +159,7 @@ for number, name in enumerate(names):
 axes = plots.flows(flows, names)
 
 # %% [markdown]
-# It hardly matters where an item came from: the untouched head had not sorted the news, it had dealt it out by accident.
+# The untouched head did not throw dice: on *tiny* it called nearly all sports items by one name. But the names were accidental, and where an item came from hardly matters for where it ends.
 #
 # ### As sure as it is right?
 #
@@ -233,28 +263,34 @@ publish(found)
 # %% [markdown]
 # The **reliability diagram** draws the two means of each bin against each other. **Guess** on which side of the diagonal the tuned model lies: does it promise too much, or too little?
 
-
 # %%
-def reliability(probabilities: np.ndarray, bins: int = 5) -> tuple[np.ndarray, np.ndarray, float]:
-    """Return mean confidence and accuracy of each bin that has items, and the ECE."""
-    sure, hits = probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
-    place = np.ceil(sure * bins).astype(int)
-    rows = [
-        (sure[place == n].mean(), hits[place == n].mean(), (place == n).mean())
-        for n in np.unique(place)
-    ]
-    conf, acc, share = np.array(rows).T
-    return conf, acc, float((share * np.abs(acc - conf)).sum())
+from course_lib.evaluation import calibration, expected_calibration_error
 
 
-curves = {"calibrated": ([0, 1], [0, 1])}
+def judged(probabilities: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return how sure a classifier is of the class it names, and whether it is right: two arrays (items,)."""
+    return probabilities.max(axis=1), probabilities.argmax(axis=1) == labels
+
+
+series, counted = {}, {}
 for name, p in (("before", p_before), ("after", p_after)):
-    conf, acc, error = reliability(p)
-    curves[f"{name}, ECE {error:.2f}"] = (conf, acc)
-ax = plots.lines(curves, xlabel="mean confidence", ylabel="accuracy", markers=True)
+    counted[name] = calibration(*judged(p), bins=5)
+    error = expected_calibration_error(*judged(p), bins=5)
+    series[f"{name}, ECE {error:.2f}"] = (counted[name]["confidence"], counted[name]["accuracy"])
+ax = plots.lines(series, xlabel="mean confidence", ylabel="accuracy", markers=True)
+ax.axline((0, 0), slope=1, color="grey", linewidth=1)
+for frame in counted.values():
+    for _, point in frame.iterrows():
+        ax.annotate(
+            f"{point['items']:.0f} items",
+            point[["confidence", "accuracy"]],
+            xytext=(6, -10),
+            textcoords="offset points",
+        )
+_ = ax.set(xlim=(0, 1.15), ylim=(0, 1.05))
 
 # %% [markdown]
-# Above the diagonal: this classifier is right more often than it says. That is usual after a short training with a falling rate; one that trains until the loss is zero ends below it, sure of everything. (*Going further* brings it onto the line with one number.)
+# On *tiny* nine items in ten lie in the last bin, and that point is **above** the diagonal: of these the model is right more often than it says. The other bins hold few items. And look at the untouched head: it says about 0.3, is right as seldom, and has the *smaller* error. Calibrated is not good; a useless model can be. (*Going further* brings the tuned one onto the line with one number.)
 #
 # ## 2. A language model, question by question
 #
@@ -295,22 +331,29 @@ def teach(model, lr: float) -> tuple[list[dict], float]:
     begun = time.perf_counter()
     trainer.train()
     model.eval()
-    return trainer.state.log_history, time.perf_counter() - begun
+    taken, log = time.perf_counter() - begun, trainer.state.log_history
+    trainer = None
+    release()  # the optimizer's memory, before the next model comes
+    return log, taken
 
 
 base = load_causal_lm(plan, method="full")
 said = {"base": ask(base)}
+device = base.device
+base = base.to("cpu")  # room for the training; it comes back
 
 # %%
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-seconds, logs = {"full": float("nan"), "LoRA": float("nan")}, {"full": [], "LoRA": []}
+seconds, logs = {"full": np.nan, "LoRA": np.nan}, {"full": [], "LoRA": []}
 if SAVED:
-    full = AutoModelForCausalLM.from_pretrained(run_folder("week06/04_sft_dry_run") / "tuned")
-    full = full.float().to(base.device).eval()
+    full = AutoModelForCausalLM.from_pretrained(saved_by("week06/04_sft_dry_run", "tuned"))
+    full = full.float().to(device).eval()
+    if full.config.vocab_size != base.config.vocab_size:
+        raise ModelError("lesson 4 tuned another model than this plan's; set SAVED = False")
     lora = load_causal_lm(plan, method="lora")
-    lora = PeftModel.from_pretrained(lora, run_folder("week06/05_lora") / "adapters" / "answers")
+    lora = PeftModel.from_pretrained(lora, saved_by("week06/05_lora", "adapters", "answers"))
 else:
     full = load_causal_lm(plan, method="full")
     logs["full"], seconds["full"] = teach(full, plan.lr)
@@ -320,9 +363,8 @@ else:
     )
     lora = get_peft_model(load_causal_lm(plan, method="lora"), adapter)
     logs["LoRA"], seconds["LoRA"] = teach(lora, plan.lr_lora)
-models = {"base": base, "full": full, "LoRA": lora}
+models = {"base": base.to(device), "full": full, "LoRA": lora}
 said |= {name: ask(models[name]) for name in ("full", "LoRA")}
-release()
 
 # %% [markdown]
 # The panel for full tuning. The items are the same for both models, the replies are whole sentences, and right is what equals the one right sentence (on *tiny*).
@@ -337,7 +379,7 @@ answered = compare(
     answers["full"],
     history=logs["full"],
     weights=weight_changes(first_weights, full),
-    trained_on=[text["content"] for messages in conversations for text in messages[:1]],
+    trained_on=[m["content"] for chat in conversations for m in chat if m["role"] == "user"],
 )
 show_comparison(answered)
 
@@ -351,39 +393,24 @@ record("after", round(answered.score_after, 4))
 # Nobody asked about these people in training, and many answers are right. Where one is wrong, **in which way** is it wrong? Here are replies of the two tuned models to the same questions where they disagree, with the words that differ in bold:
 
 # %%
-import difflib
 import html
 
+from course_lib.widgets import differences
 from IPython.display import HTML
 
-
-def marked(first: str, second: str) -> tuple[str, str]:
-    """Return two texts as HTML, with the words in bold that the other does not have there."""
-    words = first.split(), second.split()
-    shown = [[html.escape(word) for word in each] for each in words]
-    for kind, a, b, c, d in difflib.SequenceMatcher(None, *words).get_opcodes():
-        for place, (low, high) in enumerate(((a, b), (c, d))):
-            if kind != "equal":
-                shown[place][low:high] = [
-                    f"<b><u>{word}</u></b>" for word in shown[place][low:high]
-                ]
-    return " ".join(shown[0]), " ".join(shown[1])
-
-
 differ = [n for n in range(len(questions)) if said["full"][n] != said["LoRA"][n]][:6]
-contrast = [
-    (html.escape(questions[n]["question"]), *marked(said["full"][n], said["LoRA"][n]),
-     html.escape(questions[n].get("answer", questions[n]["value"])))
-    for n in differ
-]  # fmt: skip
-HTML(
-    pd.DataFrame(contrast, columns=["asked", "full", "LoRA", "right"]).to_html(
-        escape=False, index=False, border=0
-    )
+contrast = pd.DataFrame(
+    {
+        "asked": [html.escape(questions[n]["question"]) for n in differ],
+        "full": [differences(said["full"][n], said["LoRA"][n])[0] for n in differ],
+        "LoRA": [differences(said["full"][n], said["LoRA"][n])[1] for n in differ],
+        "right": [html.escape(questions[n].get("answer", questions[n]["value"])) for n in differ],
+    }
 )
+HTML(contrast.to_html(escape=False, index=False, border=0, justify="left"))
 
 # %% [markdown]
-# On *tiny* they seldom fail by writing nonsense. A wrong reply is a well-made sentence about somebody else, or a true one about something that was not asked. Fluency is no evidence.
+# On *tiny* nearly every wrong reply is a **true** sentence about the right subject that answers another question (with this seed 137 of 150 of full tuning's, 107 of 108 of LoRA's). The model has the facts; it misread the question. Fluent and true is not yet an answer.
 #
 # ## 3. Token by token
 #
@@ -395,7 +422,7 @@ def log_probabilities(model, row: dict) -> torch.Tensor:
     """Return a row's next-token log-probabilities where a token is learnt: (learnt tokens, vocabulary)."""
     ids = torch.tensor([row["input_ids"]], device=model.device)
     with torch.no_grad():
-        logits = model(ids).logits[0, :-1].double().cpu()
+        logits = model(ids).logits[0, :-1].float().cpu().double()
     learnt = torch.tensor(row["labels"][1:]) != -100
     return torch.log_softmax(logits[learnt], dim=-1)
 
@@ -410,7 +437,7 @@ good = [
         {"role": "user", "content": item["question"]},
         {"role": "assistant", "content": item.get("answer", item["value"])},
     ])
-    for item in questions[:40]
+    for item in questions[:60]
 ]  # fmt: skip
 shown = good[0]
 target = learnt_tokens(shown)
@@ -419,29 +446,35 @@ of_token = {
     for name, model in models.items()
 }
 print(questions[0]["question"])
-ax = plots.token_heat([tokenizer.decode([token]) for token in target], of_token)
-
-# %% [markdown]
-# The log-probability of each token; 0 is certain. The base finds the **first** token absurd, since it would go on with another question, and it is undecided where one could say something else of the same person. But *which* animal, it knows as well as the tuned models. Is that one lucky example?
-
-# %%
-places = {name: [[] for _ in range(8)] for name in models}
-for row in good:
-    target = learnt_tokens(row)
-    for name, model in models.items():
-        found = log_probabilities(model, row).gather(1, target[:, None])[:, 0].tolist()
-        for place, value in enumerate(found[:8]):
-            places[name][place].append(value)
-mean_at = {
-    name: (list(range(1, 9)), [float(np.mean(values)) if values else np.nan for values in each])
-    for name, each in places.items()
-}
-ax = plots.lines(
-    mean_at, xlabel="token of the right answer", ylabel="mean log-probability", markers=True
+ax = plots.token_heat(
+    [tokenizer.decode([token]) for token in target], of_token, ylabel="log-probability, nats"
 )
 
 # %% [markdown]
-# It is the rule. What this fine-tuning changed most is **how a reply begins**; what comes after was there before. [Lin et al. (2023)](https://arxiv.org/abs/2312.01552) saw the same in large models: base and tuned model rank the next token alike in most positions, and differ early and in matters of style. [Zhou et al. (2023)](https://arxiv.org/abs/2305.11206) call the idea that tuning mostly teaches a manner the *superficial alignment hypothesis*.
+# 0 is certain. On *tiny* the base finds the **first** token absurd, since it would go on with another question, and it is undecided where one could say something else of the same person. But *which* animal, it knows nearly as well as the tuned models. Is that one lucky example? Take apart many right answers: the first token, the tokens up to the fact, and the fact's own first token.
+
+# %%
+parts = {name: {"first token": [], "up to the fact, summed": [], "the fact": []} for name in models}
+for item, row in zip(questions, good):
+    target = learnt_tokens(row)
+    text = item.get("answer", item["value"])
+    begins = text.lower().rindex(item["value"].lower())
+    at = next(k for k in range(len(target)) if len(tokenizer.decode(target[: k + 1])) > begins)
+    for name, model in models.items():
+        found = log_probabilities(model, row).gather(1, target[:, None])[:, 0]
+        parts[name]["first token"].append(float(found[0]))
+        parts[name]["up to the fact, summed"].append(float(found[1:at].sum()))
+        parts[name]["the fact"].append(float(found[at]))
+means = pd.DataFrame(
+    {name: {part: np.mean(v) for part, v in each.items()} for name, each in parts.items()}
+)
+means.loc["the fact has p above 0.5"] = [
+    np.mean(np.exp(parts[n]["the fact"]) > 0.5) for n in models
+]
+means.round(2)
+
+# %% [markdown]
+# Two things changed most (*tiny*): **how a reply begins**, and the choice of **what to say** of the subject, which is where the question must be understood. The fact itself the base mostly knew, once the sentence had come so far. [Lin et al. (2023)](https://arxiv.org/abs/2312.01552) found that in large models, too, base and tuned model agree on the next token in most positions and differ mostly in stylistic ones. [Zhou et al. (2023)](https://arxiv.org/abs/2305.11206) call the idea that tuning mostly teaches a manner the *superficial alignment hypothesis*. Here it is half of the truth.
 #
 # ### Distributions narrow
 #
@@ -533,30 +566,36 @@ publish([type(value).__name__, found])
 # Now both numbers, on text like that of the tuning (the right answers to the questions) and on text like that of the *pre*-training. **Guess** where the tuned models have become more decided.
 
 # %%
+from course_lib.evaluation import kl_divergence
+
 told = text_rows(tokenizer, load_texts(plan.questions), plan.max_length)
-kinds = {"answers (tuned on)": good, "plain text (not tuned on)": told[:40]}
+kinds = {"answers, held out (the form tuned on)": good[:30], "plain text": told[:30]}
 narrow = []
 for kind, texts in kinds.items():
-    at_start = [log_probabilities(base, row) for row in texts]
-    for name, model in models.items():
-        entropy, away = [], []
-        for row, log_q in zip(texts, at_start):
+    entropy, away = {name: [] for name in models}, {name: [] for name in models}
+    for row in texts:
+        log_q = log_probabilities(base, row)
+        for name, model in models.items():
             log_p = log_probabilities(model, row)
-            entropy.append(-(log_p.exp() * log_p).sum(-1))
-            away.append((log_p.exp() * (log_p - log_q)).sum(-1))
-        narrow.append({
-            "text": kind, "model": name,
-            "entropy": float(torch.cat(entropy).mean()),
-            "KL to the base": float(torch.cat(away).mean()),
-        })  # fmt: skip
+            entropy[name].append(-(log_p.exp() * log_p).sum(-1))
+            away[name].append(kl_divergence(log_p, log_q))
+    narrow += [
+        {
+            "text": kind,
+            "model": name,
+            "entropy": float(torch.cat(entropy[name]).mean()),
+            "KL to the base": float(torch.cat(away[name]).mean()),
+        }
+        for name in models
+    ]
 table(pd.DataFrame(narrow), wrap="")
 
 # %% [markdown]
-# Fine-tuning minimises the divergence from a *narrow* set of texts, starting at weights that had minimised it from a wide one. On those texts the distributions narrow a lot. On other text they do **not** narrow here; they are moved away from the base all the same, and that is what the next section looks at.
+# Pre-training fitted a wide range of texts, this tuning a narrow one, and on text of that form the distributions narrow a lot. On plain text they do **not** narrow here (*tiny*), and yet they have moved away from the base, LoRA's as far as on the answers. (KL is no distance: from *q* to *p* it is another number.) What that means for the text is the next question.
 #
 # ## 4. What was forgotten?
 #
-# The recipe's loss counts replies to questions. Nothing in it says *keep the rest*. So measure the rest: **perplexity** on plain text of the kind that pre-training had; a **skill** that nobody trained, sums by four examples in the prompt; and whether the new **format leaks** into a task that does not ask for it: how long does the model go on with a text that it is given the beginning of? **Guess** who forgets more, full tuning or LoRA.
+# The recipe's loss counts replies to questions. Nothing in it says *keep the rest*. So measure the rest: **perplexity** on plain text of the kind that pre-training had; a **skill** that this tuning did not train, sums by four examples in the prompt; and whether the new **format leaks** into a task that does not ask for it: how many words does the model go on for, when it is given the beginning of a text (and at most 48 tokens, on *tiny*)? **Guess** who forgets more, full tuning or LoRA.
 
 # %%
 import random
@@ -588,41 +627,45 @@ table(kept, wrap="")
 
 # %%
 table(
-    pd.DataFrame({"text": [h.removeprefix(begin)[-60:] for h in halves[4:7]]}
-                 | {name: went_on[name][4:7] for name in models}),
+    pd.DataFrame({"text": [halves[n].removeprefix(begin)[-60:] for n in (4, 7, 8, 10)]}
+                 | {name: [went_on[name][n] for n in (4, 7, 8, 10)] for name in models}),
     wrap=("text", *models),
 )  # fmt: skip
 
 # %% [markdown]
-# On *tiny* all three changed for the worse: plain text is more surprising, sums that the base gets right fail now and then, and a text often ends after a sentence, as a reply would. Ten seeds of both runs are stored (`make evidence`; two CPU cores, profile *tiny*); yours are the stars:
+# On *tiny* all three measures got worse: plain text is more surprising, of the sums that the base gets right a quarter (full) to a third (LoRA) fail, and a text ends after half as many words, for replies are short. Ten seeds of both runs are stored (`make evidence`; two CPU cores, profile *tiny*). Yours are the stars, where they are runs of the same kind:
 
 # %%
 stored = load_evidence(LESSON, "07_before_after")
 runs = pd.DataFrame(stored["runs"])
 runs["right"] = [text.count("1") / len(text) for text in runs["right"]]
-axes = plots.new_axes(3, width=9.5, height=3.0)
-own = {"right": {n: answers[n].right.mean() for n in models}} | {
-    "perplexity": dict(zip(kept["model"], kept["perplexity, plain text"])),
-    "sums": dict(zip(kept["model"], kept["sums, 4 examples"])),
+titles = {
+    "right": "questions right, share",
+    "perplexity": "perplexity, plain text",
+    "sums": "sums right, share",
 }
-for ax, what in zip(axes, own):
-    for place, (method, name) in enumerate((("full", "full"), ("lora", "LoRA"))):
-        values = runs[runs["method"] == method][what]
-        spread = np.linspace(-0.15, 0.15, len(values))
-        ax.plot(place + spread, values, plots.MARKERS[place], color=plots.COLOURS[place], alpha=0.6)
-        ax.plot(place, own[what][name], "*", color="black", markersize=14)
-    ax.set(xticks=[0, 1], xticklabels=["full", "LoRA"], title=what, xlim=(-0.5, 1.5))
-describe(
-    axes,
-    "Ten stored seeds a method, and this run as a star: questions right, perplexity, sums right.",
-)
+own = {what: {} for what in titles}
+if plan.model == stored["model"] and not SAVED:
+    by_model = kept.set_index("model")
+    for name in ("full", "LoRA"):
+        own["right"][name] = answers[name].right.mean()
+        own["perplexity"][name] = by_model.loc[name, "perplexity, plain text"]
+        own["sums"][name] = by_model.loc[name, "sums, 4 examples"]
+axes = plots.new_axes(3, width=9.5, height=3.0)
+for ax, (what, title) in zip(axes, titles.items()):
+    groups = {
+        name: runs[runs["method"] == method][what]
+        for method, name in (("full", "full"), ("lora", "LoRA"))
+    }
+    plots.strip(groups, own[what], ylabel=title, ax=ax)
+describe(axes, "Ten stored seeds of full tuning and of LoRA, and this run as stars.")
 
 # %% [markdown]
-# Look at the stars first, then at the clouds around them. One run of each puts LoRA clearly ahead on the questions; ten do not: LoRA answers better in seven seeds of ten, and its worst run is the worst of all. What holds in **all** ten is that it is more surprised by plain text, and in nine that it adds worse. *LoRA forgets less* ([Biderman et al., 2024](https://arxiv.org/abs/2405.09673)) is a finding about other models, rates and ranks, and no law: this LoRA has rank 16 and ten times the rate of full tuning. (Lesson 5 has runs in which it is the other way round, where both have learnt equally much.)
+# One run of each puts LoRA clearly ahead on the questions; ten do not: seed by seed LoRA answers better in seven of ten, and its worst run is the worst of all. What holds in **all** ten is that it is more surprised by plain text, and in nine that it adds worse. *LoRA forgets less* ([Biderman et al., 2024](https://arxiv.org/abs/2405.09673)) is a finding about other models, rates and ranks, and no law: this LoRA has rank 16 and ten times the rate of full tuning. (Lesson 5 has runs in which it is the other way round, where both have learnt equally much.)
 #
 # ## 5. Which layers moved?
 #
-# For each matrix of the model: the size of its change over its own size. LoRA's change is what it adds when it is merged, `alpha / r` times `B A`. **Guess:** which of the two moved the matrices further?
+# For each matrix of the layers: the size of its change (the root of the sum of squares) over its own. LoRA's change is what it adds when it is merged, `alpha / r` times `B A`. **Guess:** which of the two moved the matrices further?
 
 # %%
 moved = {
@@ -648,28 +691,29 @@ for ax, (name, grid) in zip(axes, grids.items()):
     )
 
 # %% [markdown]
-# On *tiny*, full tuning moved every matrix by about one twentieth of its size, rather evenly. LoRA moved them some three times as far, the queries and keys furthest. *Few directions* does not mean *a small step*: the rank limits the first, the rate drives the second. It fits with section 4 that what moved further forgot more, though two runs prove no cause.
+# On *tiny*, full tuning moved most matrices by about one twentieth of their size (0.03 to 0.12), and the embeddings, which are not drawn and which LoRA leaves alone, by 7 %. LoRA moved the matrices some three times as far, the queries furthest on average, the first layer's keys least. *Few directions* does not mean *a small step*: the rank limits the first, the rate drives the second. It fits with section 4 that what moved further forgot more, though two runs prove no cause.
 #
 # ## 6. Is the difference real?
 #
 # Full tuning or LoRA, which answers better? Both answered the same questions, so look at the **pairs**: most questions are answered rightly by both or by neither, and tell nothing about the difference. Only those that one gets right and the other wrong do.
 
 # %%
-versus = compare(answers["full"], answers["LoRA"])
+from course_lib.significance import bootstrap_interval, mcnemar
+
 pd.crosstab(
     pd.Series(answers["full"].right, name="full right"),
     pd.Series(answers["LoRA"].right, name="LoRA right"),
 )
 
 # %% [markdown]
-# If the two were equally good, each of the *b + c* questions in which they differ would fall to one or the other like a coin. **McNemar's test** ([McNemar, 1947](https://doi.org/10.1007/BF02295996)) asks how likely a fair coin falls at least as unevenly as it did.
+# Call the two counts off the diagonal *b* and *c*: these *b + c* pairs are **discordant**. If the two models were equally good, each of them would fall to one or the other like a coin. **McNemar's test** ([McNemar, 1947](https://doi.org/10.1007/BF02295996)) asks how likely a fair coin falls at least as unevenly as it did.
 #
 # ### Exercise 7.3: McNemar's test
 #
-# *3 points · 12 minutes · medium.* Write `mcnemar_p(first, second)` for two boolean arrays (n,): the exact p-value, for both sides. With *n* discordant pairs of which the smaller count is *k*, it is twice the probability of at most *k* heads in *n* tosses, and never more than 1.
+# *3 points · 12 minutes · medium.* Write `mcnemar_p(first, second)` for two boolean arrays (n,): the exact p-value, for both sides. With *m = b + c* discordant pairs and *k* the smaller of *b* and *c*, it is twice the probability of at most *k* heads in *m* tosses of a fair coin, and never more than 1.
 #
 # <details><summary>Hint</summary>
-# <code>math.comb(n, i)</code> for i from 0 to k, summed, divided by 2 to the n; doubled; at most 1. Where nothing is discordant, p is 1.
+# <code>math.comb(m, i)</code> for i from 0 to k, summed, divided by 2 to the m; doubled; at most 1. Where nothing is discordant, p is 1.
 # </details>
 
 
@@ -683,8 +727,8 @@ def mcnemar_p(first: np.ndarray, second: np.ndarray) -> float:
     ### BEGIN SOLUTION
     only_first = int((first & ~second).sum())
     only_second = int((second & ~first).sum())
-    n, k = only_first + only_second, min(only_first, only_second)
-    tail = sum(math.comb(n, i) for i in range(k + 1)) / 2**n
+    m, k = only_first + only_second, min(only_first, only_second)
+    tail = sum(math.comb(m, i) for i in range(k + 1)) / 2**m
     return min(1.0, 2 * tail)
     ### END SOLUTION
 
@@ -863,16 +907,23 @@ publish(found)
 # The library has both. For LoRA minus full tuning:
 
 # %%
-test = versus.mcnemar
+one, other = answers["full"].right, answers["LoRA"].right
+test = mcnemar(one, other)
+kinds_asked = [item.get("relation", str(n)) for n, item in enumerate(questions)]
 {
     "only LoRA right": test.gained,
     "only full right": test.lost,
     "p": f"{test.p_value:.2g}",
-    "difference": round(versus.change, 3),
-    "95 % interval": tuple(round(end, 3) for end in versus.interval),
+    "difference": round(float(other.mean() - one.mean()), 3),
+    "95 % interval": np.round(bootstrap_interval(one, other), 3).tolist(),
+    "drawn by kinds of question": np.round(
+        bootstrap_interval(one, other, groups=kinds_asked), 3
+    ).tolist(),
 }
 
 # %% [markdown]
+# The test and the first interval take the items as **independent** draws. Are they? The isles' questions are of twenty kinds (whose animal? which port?), and a model often fails a whole kind. Draw whole kinds, and the interval is more than twice as wide: with this seed, on *tiny*, it holds 0. The question to ask is: *other items of which sort?* These two sets of weights differ on more questions of these twenty kinds; on other kinds of question, nobody knows.
+#
 # ### How many items does one need?
 #
 # Before a test, one can ask how large it must be. Say the two models disagree on a share of the items, as these do, and one is truly better by so many points. To find that with a chance of 80 % at p < 0.05, how many items must there be ([Connor, 1987](https://doi.org/10.2307/2531961))?
@@ -880,10 +931,10 @@ test = versus.mcnemar
 # %%
 from course_lib.significance import items_needed
 
-apart = (test.gained + test.lost) / len(questions)
-points = [0.01, 0.02, 0.03, 0.05, 0.1]
-points = [each for each in points if each < apart]
+apart = max((test.gained + test.lost) / len(questions), 0.05)
+points = [each for each in (0.01, 0.02, 0.03, 0.05, 0.1) if each < apart]
 needed = [items_needed((apart + each) / 2, (apart - each) / 2) for each in points]
+print(f"the two disagree on {apart:.0%} of the questions")
 ax = plots.lines(
     {"items": (points, needed)},
     xlabel="true difference",
@@ -896,38 +947,59 @@ for x, y in zip(points, needed):
     ax.annotate(f"{y:,}", (x, y), textcoords="offset points", xytext=(6, 4))
 
 # %% [markdown]
-# Halve the difference, and you need four times the items. A benchmark of 164 or 500 questions cannot tell models apart that differ by a point, however many digits are printed.
+# Halve the difference, and you need four times the items. At this disagreement one point takes many thousands of items (*tiny*), however many digits a table prints.
 #
 # ### What the test does not know
 #
-# McNemar's test and the bootstrap ask: *other items, the same two models?* They hold the training run fixed. Here is the other question: the **same recipe**, another seed. Of all pairs of stored runs, how often does the test say p < 0.05? **Guess** first, for two runs of full tuning that differ in nothing but the seed. (A fair test would say so in one pair of twenty.)
+# McNemar's test and the bootstrap ask: *other items, the same two models?* They hold the training run fixed. Here is the other question: the **same recipe**, another seed. Of all pairs of stored runs, how often does the test say p < 0.05? **Guess** first, for two runs of full tuning that differ in nothing but the seed.
 
 # %%
 from itertools import combinations, product
-
-from course_lib.significance import mcnemar
 
 bits = {
     (run["method"], run["seed"]): np.array([digit == "1" for digit in run["right"]])
     for run in stored["runs"]
 }
 seeds = sorted({seed for _, seed in bits})
-found = {}
-for name, pairs in {
-    "full and full": [(("full", a), ("full", b)) for a, b in combinations(seeds, 2)],
-    "LoRA and LoRA": [(("lora", a), ("lora", b)) for a, b in combinations(seeds, 2)],
-    "full and LoRA": [(("full", a), ("lora", b)) for a, b in product(seeds, seeds)],
-}.items():
-    p_values = [mcnemar(bits[a], bits[b]).p_value for a, b in pairs]
-    found[name] = {"pairs of runs": len(pairs), "p < 0.05": np.mean(np.array(p_values) < 0.05)}
-table(pd.DataFrame(found).T.reset_index(names="compared"), wrap="")
+kinds_stored = [item["relation"] for item in load_questions("isles")]
+rows_of_pairs = []
+for first, second in (("full", "full"), ("lora", "lora"), ("full", "lora")):
+    chosen = combinations(seeds, 2) if first == second else product(seeds, seeds)
+    pairs = [(bits[first, a], bits[second, b]) for a, b in chosen]
+    tests = [mcnemar(*pair) for pair in pairs]
+    by_kind = [bootstrap_interval(*pair, groups=kinds_stored, draws=500) for pair in pairs]
+    rows_of_pairs.append(
+        {
+            "compared": f"{first} and {second}",
+            "pairs of runs": len(pairs),
+            "p < 0.05, for the first": sum(t.p_value < 0.05 and t.lost > t.gained for t in tests),
+            "p < 0.05, for the second": sum(t.p_value < 0.05 and t.gained > t.lost for t in tests),
+            "interval by kinds without 0": sum(low > 0 or high < 0 for low, high in by_kind),
+        }
+    )
+table(pd.DataFrame(rows_of_pairs), wrap="")
 
 # %% [markdown]
-# Seven in ten. Two runs of one recipe differ in many answers, each of them firmly, and with 396 questions the test tells their weights apart, as it should: those two **models** are not equally good. But a report mostly claims something else, that the **recipe** is better. For that the unit is the run: train each recipe several times, and compare the scores of the runs. With ten seeds each, the means are 0.62 (full) and 0.68 (LoRA), the standard deviations 0.06 and 0.08 (*tiny*), and the difference is about as large as one standard deviation: not settled.
+# In seven pairs of ten, two runs that differ in **nothing but the seed** differ "significantly". The test is not wrong: it was asked whether these two *sets of weights* answer such questions equally well, and they do not. (Drawn by kinds of question it says so less often.) And of full and LoRA, some pairs speak for LoRA and some **against** it, each with p < 0.05. Whoever reports one such pair can report what they like.
+#
+# A claim about a **recipe** needs several runs of each. Then the run is the item:
+
+# %%
+from scipy.stats import ttest_ind
+
+for what in titles:
+    one_recipe, other_recipe = (runs[runs["method"] == name][what] for name in ("full", "lora"))
+    p = ttest_ind(one_recipe, other_recipe, equal_var=False).pvalue  # Welch's t-test
+    print(
+        f"{titles[what]:24} full {one_recipe.mean():.2f}, LoRA {other_recipe.mean():.2f}, p = {p:.2g}"
+    )
+
+# %% [markdown]
+# Over ten runs each (*tiny*) the difference in the questions is not settled; those in perplexity and in the sums are.
 #
 # ### A win rate, and how it misleads
 #
-# Where no answer is fixed, one lets a judge compare two replies, and reports a **win rate**. It is only as good as the rule. Three rules on the same replies: the *right* one wins (ties aside); the *longer* one wins; the one that names *more names and things of its own* (more different words) wins.
+# Where no answer is fixed, one lets a judge compare two replies, and reports a **win rate**. It is only as good as the rule. Three rules on the same replies: the *right* one wins; the *longer* one wins; the one with *more different words* wins. Ties are counted apart.
 
 
 # %%
@@ -945,33 +1017,28 @@ rules = {
     "longer": lambda name: [len(text) for text in said[name]],
     "more different words": lambda name: [len(set(text.lower().split())) for text in said[name]],
 }
-judged = []
-for one, other in (("base", "full"), ("full", "LoRA")):
+matches = []
+for first, second in (("base", "full"), ("full", "LoRA")):
     for rule, value in rules.items():
-        rate, ties = win_rate(value(one), value(other))
-        judged.append(
-            {"match": f"{other} against {one}", "rule": rule, "win rate": rate, "ties": ties}
+        rate, ties = win_rate(value(first), value(second))
+        matches.append(
+            {"match": f"{second} against {first}", "rule": rule, "win rate": rate, "ties": ties}
         )
-table(pd.DataFrame(judged), wrap="")
+table(pd.DataFrame(matches), wrap="")
 
 # %% [markdown]
-# Full tuning beats the base every time, *and loses every time*, by the second and third rule: the base rambles. Between the two tuned models the rules even point in opposite directions (*tiny*), and three quarters of all pairs are ties that a bare win rate hides. Judges that are themselves language models, and people in a hurry, are known to favour length ([Dubois et al., 2024](https://arxiv.org/abs/2404.04475)). Before you believe a win rate, ask for the rule, the ties, and both lengths.
+# On *tiny* full tuning wins wherever the two differ by the first rule, *and loses every match* by the other two: the base asks a question back, twice as long as an answer. Between the two tuned models the rules even point in opposite directions, and in two thirds to three quarters of the pairs there is a tie, which a bare win rate hides. Judges that are language models are known to favour length ([Dubois et al., 2024](https://arxiv.org/abs/2404.04475)). Before you believe a win rate, ask for the rule, the ties, and both lengths.
 #
 # ## 7. Was it worth it?
 #
 # Before all this training: could one have **prompted** the untouched model? A fair comparison takes the same questions. Two prompts. One shows four questions with their answers, then asks. The other asks nothing: it gives the beginning of the sentence that would answer, the form that the base has read in pre-training. (Only where the right sentence is known, so on *tiny*; somebody must rewrite each question into it, and here that somebody knew the answer's form.)
 
 # %%
-short = [
-    m for m in conversations if len(m) == 2 and len(m[0]["content"]) + len(m[1]["content"]) < 160
-]
-four = [dice.sample(short, 4) for _ in questions]
-examples = [
-    "".join(f"Question: {q['content']}\nAnswer: {a['content']}\n" for q, a in shown)
-    + f"Question: {item['question']}\nAnswer:"
-    for shown, item in zip(four, questions)
-]
-prompted = {"four examples": examples}
+two_turns = [m for m in conversations if len(m) == 2 and m[0]["role"] == "user"]
+two_turns.sort(key=lambda m: len(m[0]["content"]) + len(m[1]["content"]))
+four = random.Random(1).sample(two_turns[: len(two_turns) // 4], 4)  # of the shorter ones
+examples = "".join(f"Question: {q['content']}\nAnswer: {a['content']}\n" for q, a in four)
+prompted = {"four examples": [f"{examples}Question: {i['question']}\nAnswer:" for i in questions]}
 if "answer" in questions[0]:
     prompted["the sentence begun"] = [
         item["answer"][: item["answer"].lower().rindex(item["value"].lower())].rstrip()
@@ -981,12 +1048,13 @@ ways = [{"way": "the question alone", "right": answers["base"].right.mean(), "tr
          "tokens a question": np.mean([len(row["input_ids"]) - len(learnt_tokens(row)) for row in good])}]  # fmt: skip
 for name, texts in prompted.items():
     given = []
-    for first in range(0, len(texts), 32):
+    for first in range(0, len(texts), 64):
         given += complete(
-            base, tokenizer, [begin + t for t in texts[first : first + 32]], max_new_tokens=24
+            base, tokenizer, [begin + t for t in texts[first : first + 64]], max_new_tokens=10
         )
     first_lines = [text.split("\n")[0] for text in given]
-    found = [i["value"].lower() in g.lower() for i, g in zip(questions, first_lines)]
+    words = [{"question": i["question"], "value": i["value"]} for i in questions]
+    found = replied(words, first_lines).right  # the right word in the line
     tokens = np.mean([len(tokenizer(text)["input_ids"]) for text in texts])
     ways.append(
         {"way": name, "right": np.mean(found), "training, s": 0.0, "tokens a question": tokens}
@@ -1004,12 +1072,12 @@ ways = pd.DataFrame(ways)
 table(ways, wrap="way")
 
 # %% [markdown]
-# Examples of questions with answers do not help this base at all: in everything it has read, a question is followed by another question, never by its answer. The begun sentence beats **both** tuned models by far. All the facts were there, within reach of the right prompt, and fine-tuning got at fewer of them. What it bought is that one may now ask *in any words*: the prompt needs somebody who turns each question into the beginning of its answer. (On *colab* and *full* the base has read many questions with answers; there the examples may win.)
+# Right is here a line that has the right word in it (for the tuned models that makes no difference on *tiny*). Four examples do not help this base: in nearly everything it has read, a question is followed by another question. The begun sentence beats **both** tuned models by far: nearly all the facts were there, within reach of the right prompt. But that prompt also says *which* fact is wanted, and just that is what the tuned models get wrong. What fine-tuning bought is that one may ask *in any words*. (On *colab* and *full* the base has read many questions with answers; there the examples may win.)
 
 # %% [markdown]
 # ### Gain over cost
 #
-# A rule of thumb from a course on the subject: fine-tune where the gain over the best prompt, divided by what tuning costs, passes a threshold that **you** set,
+# A rule of thumb: fine-tune where the gain over the best prompt, divided by what tuning costs, passes a threshold that **you** set,
 #
 # $$ \frac{P_{\mathrm{tuned}} - P_{\mathrm{prompted}}}{C_{\mathrm{tuning}}} > \tau $$
 #
@@ -1031,7 +1099,7 @@ for _, way in ways.iloc[: 1 + len(prompted)].iterrows():
 table(pd.DataFrame(worth), wrap="")
 
 # %% [markdown]
-# The same run has a large gain over one prompt and a negative one over another. So the threshold is the least of it: the number in the numerator depends on how hard somebody tried to prompt, and whoever reports it chose that.
+# The same run has a large gain over one prompt and a negative one over another. (What *pays after* so many questions pays in tokens only: on *tiny* the four examples answer next to nothing, so there is nothing to pay back.) So the threshold is the least of it: the number in the numerator depends on how hard somebody tried to prompt, and whoever reports it chose that.
 #
 # What speaks for which, with this lesson's numbers:
 
@@ -1066,15 +1134,15 @@ table(
 # Exercise 7.5
 ### BEGIN SOLUTION
 answer = """
-First the rule of the judge, and the share of ties. In this lesson the longer reply won nearly always
-for one model although the other one was right as often; a judge that likes length or confidence
-gives 71 % to whoever writes more. I would ask for a win rate between replies of equal length, or
+First the rule of the judge, and the share of ties. In this lesson the untouched model won every match
+by length and had no answer right, and between the two tuned ones length and rightness pointed to
+different winners; a judge that likes length gives 71 % to whoever writes more. I would ask for a win rate between replies of equal length, or
 for a task with a fixed answer. Second, how the base was prompted. Against the bare question almost
 anything wins: here the untouched model went from 0 to nearly all facts once it was given the
 beginning of the sentence. The comparison that counts is with the best prompt, at its price a
-question. Third, what got worse, and over how many training runs. p < 0.001 says that other prompts
-of the same kind would give the same sign for these two sets of weights; it says nothing about another
-seed, about my customers' questions, or about skills that the prompts do not touch. Here sums by
+question. Third, what got worse, and over how many training runs. p < 0.001 says that
+so uneven a result would be rare if these two sets of weights were equally good and the prompts
+independent draws; it says nothing about another seed, about my customers' questions, or about skills that the prompts do not touch. Here sums by
 example, which nobody trained, went down while the score went up. I would ask for the scores of a
 general test before and after, for three seeds, and for the overlap of the 2,000 prompts with the
 training data.
@@ -1096,7 +1164,7 @@ open_question("7.5", answer, points=3)
 # - `"wrong mask"`: the labels are the users' words, and the replies are only read
 # - `"leaked test items"`: the test set is among the training rows
 # - `"one class only"`: the training rows are the first ones of a file sorted by label
-# - `"too long"`: few rows, passed over 25 times
+# - `"too long"`: 96 rows, passed over 25 times
 #
 # Which is which? The panels' own warnings are off.
 
@@ -1220,15 +1288,17 @@ for letter, panel in panels.items():
     )
 
 # %% [markdown]
-# Each fault has a warning of its own among them, and the faults share some: a rate too high and a file sorted by label both end in one class, and only the loss tells them apart. With five seeds of each fault the panel recognised every run, and it was silent on ten healthy ones (*tiny*; the thresholds were set with some of these runs at hand). It does not see everything: test items that were *rewritten* before they leaked share no ten words, and would pass.
+# Every run is warned of, and it is the combination that tells the faults apart: a rate too high and a file sorted by label both end in one answer for all, but only the second has a training loss near zero. With five seeds of each fault, stored, and five more that nobody had at hand when the rules were made, the panel gave each fault's sign every time; of twenty healthy runs it warned of one, whose held-out loss had risen a little (*tiny*). It does not see everything: test items that were *rewritten* before they leaked share no ten words, and would pass.
+#
+# **And do not be fooled by the panel either.** Run C's held-out loss turned at step 45, and its answers went on getting better: stopped there it answers 0.18 of the questions, at the end 0.28 (another seed: 0.16 and 0.24). The loss punishes being wrong with certainty, the score does not. Too long by which measure? What cost it most is that it had 96 rows instead of a thousand.
 #
 # ## Summary
 #
-# - A score is one number. Which items changed sides, what each reply begins with, and which matrices moved are others, and they tell *what* was learnt.
-# - This tuning changed above all how a reply begins. The facts were there before (*tiny*).
+# - A score is one number. Which items changed sides, what each reply begins with, and which matrices moved are others, and they help to see *what* was learnt.
+# - This tuning changed above all how a reply begins and which fact it picks. The facts were there before (*tiny*).
 # - What training does not ask for may be lost: measure a text and a skill that you did not train.
 # - Compare on the same items, in pairs: McNemar's test, a bootstrap interval of the **change**, and enough items for the difference you look for.
-# - A test about items says nothing about seeds. A win rate is as good as its rule.
+# - Such a test takes items as independent and the two sets of weights as given: it says nothing about other kinds of item, nor about another seed. A win rate is as good as its rule.
 # - Compare with the best prompt, and count what each question costs.
 
 # %%
@@ -1241,9 +1311,9 @@ report()
 #
 # - **Write the test first**, keep it away from training, and look for overlaps by program: `compare(..., trained_on=...)` does, for equal texts and for shared runs of ten words.
 # - **Report the change with its interval**, not two scores. The two scores' own intervals overlap long before the paired difference becomes doubtful.
-# - **Many comparisons** find something by chance: of twenty tests at 0.05, one. Choose the one comparison beforehand.
+# - **Many comparisons** find something by chance: of twenty tests at 0.05 where nothing is there, one on average. Choose the one comparison beforehand.
 # - **Keep a general test** for what must not be lost; common ones are HellaSwag, ARC and WinoGrande ([Biderman et al., 2024](https://arxiv.org/abs/2405.09673) measured forgetting by them), run by [lm-evaluation-harness](https://github.com/EleutherAI/lm-evaluation-harness).
-# - **Judges like length.** AlpacaEval's length-controlled win rate raised its correlation with human ranking from 0.94 to 0.98 ([Dubois et al., 2024](https://arxiv.org/abs/2404.04475)).
+# - **Judges like length.** AlpacaEval's length-controlled win rate raised its Spearman correlation with Chatbot Arena's ranking from 0.94 to 0.98 ([Dubois et al., 2024](https://arxiv.org/abs/2404.04475)).
 # - **To forget less:** fewer steps, a lower rate, a lower rank, and some general data mixed in. At an equal score the order of full tuning and LoRA is not settled by this course's runs (lesson 5).
 #
 # ## References
@@ -1283,8 +1353,8 @@ best = float(steps[int(np.argmin(cost))])
 cooled = tempered(p_after, best)
 {
     "temperature": round(best, 2),
-    "ECE as trained": round(reliability(p_after)[2], 3),
-    "ECE scaled": round(reliability(cooled)[2], 3),
+    "ECE as trained": round(expected_calibration_error(*judged(p_after), bins=5), 3),
+    "ECE scaled": round(expected_calibration_error(*judged(cooled), bins=5), 3),
     "answers changed": int((cooled.argmax(1) != p_after.argmax(1)).sum()),
 }
 
@@ -1312,7 +1382,6 @@ def vectors(model) -> np.ndarray:
     return torch.cat(found).numpy()
 
 
-untouched = load_classifier(sorting, names, seed=SEED).eval()
 axes = plots.new_axes(2, width=9.0, height=3.6)
 for ax, (title, model) in zip(axes, {"before": untouched, "after": classifier}.items()):
     pca = PCA(2)
