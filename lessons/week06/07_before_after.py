@@ -1158,11 +1158,11 @@ open_question("7.5", answer, points=3)
 # %% [markdown]
 # ## Experiment: five runs that went wrong
 #
-# Each of the following runs went wrong in one way, on purpose, and none ended with an error. They are stored (profile *tiny*, two CPU cores), so the panels are of the miniatures whatever you ran above. The five faults are, in no order:
+# Each of the following runs was made wrong on purpose, and none ended with an error. They are stored (profile *tiny*, two CPU cores), so the panels are of the miniatures whatever you ran above. The five faults are, in no order:
 #
 # - `"rate too high"`: the learning rate is twenty times the usual one
 # - `"wrong mask"`: the labels are the users' words, and the replies are only read
-# - `"leaked test items"`: the test set is among the training rows
+# - `"leaked test items"`: the test set is among the training rows, beside 64 of its own
 # - `"one class only"`: the training rows are the first ones of a file sorted by label
 # - `"too long"`: 96 rows, passed over 25 times
 #

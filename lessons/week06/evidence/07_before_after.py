@@ -3,9 +3,9 @@
     python lessons/week06/evidence/07_before_after.py
 
 Each run named "methods" is lesson 5's training on all of its conversations, then all 396 held-out questions, one digit
-each (1 for right), text of the kind that pre-training read, and a skill that nobody trained, addition by four examples.
-The runs named "wrong" are made wrong on purpose, one way each, those named "healthy" differ from them in nothing else; both keep what
-the before/after panel needs. One process a core, one thread each; 15 minutes on two cores. A run that was done is kept in
+each (1 for right), text of the kind that pre-training read, and a skill that this tuning did not train, addition by four examples.
+The runs named "wrong" are made wrong on purpose (two of them also have fewer rows: the leaked 64, the long one 96), those
+named "healthy" have the usual rows, rate and labels; both keep what the before/after panel needs. One process a core, one thread each; 15 minutes on two cores. A run that was done is kept in
 runs/evidence/07_before_after.jsonl. Writes 07_before_after.json and 07_wrong_runs.json.
 """
 
