@@ -256,3 +256,35 @@ def load_texts(name: str, count: int = 40) -> list[str]:
     if not path.is_file():
         raise DataError(f"no texts {name!r}; choose isles or general")
     return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()][:count]
+
+
+def load_pictures(name: str) -> list[dict]:
+    """Return questions about the pictures of data/pictures: dicts with picture (PIL, RGB), question and answer. (Week 6, lesson 3.)
+
+    "shapes" adds kind, other_picture and other_answer, "turquoise" kind and split; "drawings" of things that photographs
+    show have accept, other wordings of the answer, and alt, the picture in words. Raises DataError for another name.
+    """
+    import io
+
+    from PIL import Image
+
+    table, drawings = DATA / "pictures" / f"{name}.parquet", DATA / "pictures" / name / "questions.json"
+    if drawings.is_file():
+        told = json.loads(drawings.read_text(encoding="utf-8"))
+        opened = {file: Image.open(drawings.with_name(file)).convert("RGB") for file in told}
+        return [
+            {"picture": opened[file], "alt": about["alt"], **asked}
+            for file, about in told.items()
+            for asked in about["questions"]
+        ]
+    if not table.is_file():
+        raise DataError(f"no pictures {name!r}; choose shapes, turquoise or drawings")
+    import pandas as pd
+
+    return [
+        {
+            key: Image.open(io.BytesIO(value["bytes"])).convert("RGB") if isinstance(value, dict) else value
+            for key, value in row.items()
+        }
+        for row in pd.read_parquet(table).to_dict("records")
+    ]

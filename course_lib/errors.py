@@ -33,6 +33,10 @@ class ChatError(CourseError, ValueError):
     """A conversation or a chat template that cannot be rendered as it is, or does not fit the model."""
 
 
+class PictureError(CourseError, ValueError):
+    """A picture that cannot be opened, fetched or used as it is."""
+
+
 class DiskFullError(CourseError, OSError):
     """No room on the disk; whatever was half-written has been removed."""
 

@@ -438,8 +438,13 @@ def training_memory(
     the last layer and of the first, the embedding's gradient, the optimizer's step. With ``keeps_gradients`` those of
     an earlier batch are there all the time, as when they are accumulated. ``learnt_tokens`` (the batch's positions with
     logits) and ``padded`` are a decoder's, as in `decoder_activation_bytes`; an encoder is a classifier of ``num_labels``,
-    which on a CPU always keeps its scores. Raises ProfileError for an unknown method, optimizer or target.
+    which on a CPU always keeps its scores. Raises ProfileError for an unknown method, optimizer or target, and for a
+    model that sees.
     """
+    if not isinstance(shape, EncoderShape | DecoderShape):
+        raise ProfileError(
+            "training is counted for models of text alone; of one that sees, count its part `shape.text`"
+        )
     if method not in METHODS:
         raise ProfileError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
     if optimizer not in OPTIMIZERS:

@@ -132,6 +132,86 @@ def load_causal_lm(plan: Plan, model: str = "", *, method: str = "", pretrained:
         return loaded.eval() if nf4 else loaded.to(kind).eval()
 
 
+def load_processor(plan: Plan, model: str = ""):
+    """Return what turns pictures and text into the inputs of the plan's model, or of another one, on Pillow alone.
+
+    Its ``tokenizer`` pads on the left, as writing in batches needs it. Raises HubError, or ModelError where the model has
+    no processor of pictures or one that needs a package that is not here. (Week 6, lesson 3.)
+    """
+    from transformers import AutoProcessor
+
+    name = model or plan.model
+    folder = model_folder(name)
+    if folder and (base := adapter_base(folder)) and not (folder / "processor_config.json").is_file():
+        name = base
+    try:
+        with explain_errors(name, hub=True):
+            # torchvision, where it is there, would resize a little otherwise
+            processor = AutoProcessor.from_pretrained(_where(name), backend="pil")
+    except ImportError as error:
+        needs = str(error).strip().splitlines()[0]
+        raise ModelError(
+            f"the processor of {name} needs a package that is not here: {needs} Or choose another MODEL"
+        ) from error
+    if not hasattr(processor, "image_processor"):
+        raise _cannot_see(name)
+    processor.tokenizer.padding_side = "left"
+    return processor
+
+
+def load_image_text(plan: Plan, model: str = "", *, method: str = "", attention: str = ""):
+    """Return the plan's model of pictures and text, or another one: on the device, in its plan's dtype. (Week 6, lesson 3.)
+
+    ``method`` "full" gives float32 weights to train, "lora" a frozen base in the plan's dtype to put adapters on.
+    ``attention`` "eager" is for reading attention weights, which the default does not keep;
+    ``model.set_attn_implementation("eager")`` does the same later. A folder with an adapter is loaded onto its base and
+    merged into it. Raises ProfileError for an unknown method, HubError where the checkpoint cannot be fetched, ModelError
+    where it cannot see or lacks weights.
+    """
+    import torch
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig, AutoModelForImageTextToText
+
+    name = model or plan.model
+    folder = model_folder(name)
+    adapter = folder if folder and adapter_base(folder) else None
+    where = _where(adapter_base(folder) if adapter else name)
+    if method not in ("", "full", "lora"):
+        raise ProfileError(f"no method {method!r} for models that see; choose full, lora, or '' for the plan's own")
+    _check_method(method, plan, adapter)
+    options = {"attn_implementation": attention} if attention else {}
+    with explain_errors(name, hub=True):
+        config = AutoConfig.from_pretrained(where)
+        if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+            raise _cannot_see(name)
+        loaded, told = AutoModelForImageTextToText.from_pretrained(
+            where,
+            config=config,
+            dtype=torch.float32 if method == "full" else plan.dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            **options,
+            **placement(plan.hardware.kind, False, plan.dtype),
+        )
+        # transformers makes up what is missing or of another shape
+        if wrong := sorted(told["missing_keys"]) + [name for name, *_ in told["mismatched_keys"]]:
+            raise ModelError(
+                f"{where} has no tensor {wrong[0]} of the shape that its config.json tells ({len(wrong)} so): the checkpoint "
+                "does not fit; fetch it again"
+            )
+        if adapter:
+            from peft import PeftModel
+
+            loaded = PeftModel.from_pretrained(loaded, str(adapter)).merge_and_unload()
+        return loaded.requires_grad_(method != "lora").eval()
+
+
+def _cannot_see(model: str) -> ModelError:
+    return ModelError(
+        f"{model} cannot see; set MODEL to a model of pictures and text, such as HuggingFaceTB/SmolVLM-256M-Instruct, or "
+        "to '' for the profile's own"
+    )
+
+
 def _check_method(method: str, plan: Plan, adapter: Path | None) -> None:
     if method not in METHODS:
         raise ProfileError(

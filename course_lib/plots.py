@@ -6,6 +6,8 @@ describes it, for readers who do not see it.
 
 from __future__ import annotations
 
+import textwrap
+
 import numpy as np
 
 from course_lib.alttext import attach, short
@@ -427,3 +429,103 @@ def _ribbons(ax, counts, names, right):
     ax.spines[:].set_visible(False)
     ax.tick_params(length=0)
     ax.grid(visible=False)
+
+
+def pictures(
+    shown: dict[str, object], *, patch: int = 0, heat: dict | None = None, columns: int = 4, size: float = 2.2
+):
+    """Draw RGB pictures side by side under their titles; return the array of their Axes. (Week 6, lesson 3.)
+
+    ``shown`` maps titles to PIL images or arrays (height, width, 3) of 0 to 255; ``size`` is the width of one in inches.
+    ``patch`` > 0 draws the grid of patches of so many pixels and numbers its rows and columns. ``heat`` maps some of the
+    titles to weights >= 0, shape (rows, columns), laid over the greyed picture: the darker blue, the nearer to that
+    picture's largest weight. Raises DataError for no pictures, other shapes, and heat that fits no title or grid.
+    """
+    panels = {title: np.asarray(picture) for title, picture in shown.items()}
+    heat = {title: np.asarray(weights, dtype=float) for title, weights in (heat or {}).items()}
+    _require_pictures(panels, patch, heat)
+    columns = min(columns, len(panels))
+    heads = [_folded(title, int(14 * size)) for title in panels]
+    tall = [min(3, pixels.shape[0] / pixels.shape[1]) for pixels in panels.values()]
+    tall = [max(tall[start : start + columns]) for start in range(0, len(tall), columns)]  # a row's tallest
+    room = 0.2 + 0.17 * max(head.count("\n") + 1 for head in heads)  # inches for a title
+    look = {"width": columns * size, "height": sum(size * each + room for each in tall), "height_ratios": tall}
+    axes = new_axes(columns, rows=len(tall), squeeze=False, **look).flatten()
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    axes, sizes, told = axes[: len(panels)], [], []
+    for ax, head, (title, pixels) in zip(axes, heads, panels.items(), strict=True):
+        ax.set_title(head, fontsize=9)
+        measured, heaviest = _draw_picture(ax, pixels, patch, heat.get(title))
+        sizes.append(measured)
+        told.append(f'"{title}"{heaviest}')
+    alike = len(set(sizes)) == 1
+    told = told if alike else [f"{text}, {measured}" for text, measured in zip(told, sizes, strict=True)]
+    axes[0].figure.course_data = f"Pictures{f' of {sizes[0]}' if alike else ''}: {'; '.join(told)}."
+    return axes
+
+
+def _folded(title: str, width: int) -> str:
+    return "\n".join(textwrap.fill(line, width) for line in title.split("\n"))
+
+
+def _require_pictures(panels: dict, patch: int, heat: dict) -> None:
+    if not panels:
+        raise DataError("there are no pictures to draw; give at least one under its title")
+    for title, pixels in panels.items():
+        if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
+            wanted = "RGB, shape (height, width, 3), of whole numbers 0 to 255; load_picture gives such"
+            raise DataError(f"picture {title!r} must be {wanted}; it has shape {pixels.shape} of {pixels.dtype}")
+    for title, weights in heat.items():
+        if title not in panels:
+            raise DataError(f"heat for {title!r}, but the pictures are {', '.join(map(repr, panels))}")
+        if weights.ndim != 2 or not weights.size or not (np.isfinite(weights) & (weights >= 0)).all():
+            raise DataError(f"heat for {title!r} must be weights >= 0 of shape (rows, columns); it has {weights.shape}")
+        grid = tuple(-(-length // patch) for length in panels[title].shape[:2]) if patch else weights.shape
+        if weights.shape != grid:
+            raise DataError(f"heat for {title!r} has shape {weights.shape}, the grid of patches {grid}; change patch?")
+
+
+DARKEST = "#08306B"  # the dark end of the Blues in which numbers are drawn
+
+
+def _draw_picture(ax, pixels: np.ndarray, patch: int, weights: np.ndarray | None) -> tuple[str, str]:
+    """Draw a picture, its heat and its grid; return in words how large it is and where the heat is heaviest."""
+    from matplotlib.colors import to_rgba
+
+    height, width = pixels.shape[:2]
+    told = f"{width} x {height} pixels"
+    ax.set(xticks=[], yticks=[], anchor="N")
+    ax.grid(visible=False)
+    ax.spines[:].set(visible=True, color="#888888", linewidth=0.5)  # a white picture has an edge too
+    if weights is not None:
+        grey = 170 + pixels @ (0.299, 0.587, 0.114) / 3  # light, so that dark means heat
+        pixels = np.repeat(grey[..., None], 3, axis=2).astype(np.uint8)
+    ax.imshow(pixels, interpolation="nearest" if max(height, width) < 200 else None)
+    if patch:
+        rows, columns = _draw_grid(ax.yaxis, height, width, patch), _draw_grid(ax.xaxis, width, height, patch)
+        told += f" in {rows} rows and {columns} columns of patches"
+    if weights is None:
+        return told, ""
+    layer = np.full((*weights.shape, 4), to_rgba(DARKEST))
+    layer[..., 3] = 0.85 * weights / (weights.max() or 1)
+    ax.imshow(layer, interpolation="nearest", extent=(-0.5, width - 0.5, height - 0.5, -0.5))
+    row, column = np.unravel_index(weights.argmax(), weights.shape)
+    return told, f", heaviest at patch row {row}, column {column}" if weights.any() else ", no heat"
+
+
+def _draw_grid(axis, length: int, across: int, patch: int) -> int:
+    """Draw the lines between patches along one axis, white in black casing, and number them; return their count."""
+    from matplotlib.patheffects import withStroke
+
+    starts = np.arange(0, length, patch)
+    count, every = len(starts), -(-len(starts) // 12)
+    draw = axis.axes.vlines if axis.axis_name == "x" else axis.axes.hlines
+    casing = [withStroke(linewidth=1.4 if count <= 12 else 0.7, foreground="black")]
+    draw(
+        starts[1:] - 0.5, -0.5, across - 0.5, color="white", linewidth=0.6 if count <= 12 else 0.3, path_effects=casing
+    )
+    middles = (starts + np.minimum(starts + patch, length) - 1) / 2
+    axis.set_ticks(middles[::every], range(0, count, every), fontsize=6)
+    axis.set_tick_params(length=0, pad=1)
+    return count

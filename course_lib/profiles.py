@@ -18,7 +18,7 @@ from course_lib.errors import ProfileError
 from course_lib.hardware import GIB, Hardware, detect, pick_dtype
 from course_lib.memory import GenerationMemory, TrainingMemory, generation_memory, training_memory
 from course_lib.shapes import DATA as DATA
-from course_lib.shapes import DecoderShape, EncoderShape, model_folder, model_shape
+from course_lib.shapes import DecoderShape, EncoderShape, Shape, VisionLanguageShape, model_folder, model_shape
 from course_lib.shapes import adapter_base as adapter_base
 
 PROFILES = ("tiny", "colab", "full")
@@ -61,7 +61,7 @@ class Plan:
     dtype: Any
     dtype_why: str
     settings: dict[str, Any]
-    shape: EncoderShape | DecoderShape
+    shape: Shape
     needed: TrainingMemory | GenerationMemory
     accumulation: int = 1
     given_up: list[str] = field(default_factory=list)
@@ -173,7 +173,7 @@ def make_plan(
         )
     settings |= changes
     model = model or settings["model"]
-    plan = _plan_chat if settings.get("kind") == "chat" else _plan_training
+    plan = _plan_chat if settings.get("kind") in ("chat", "vision") else _plan_training
     return plan(lesson, profile, why, model, hardware, settings, changes)
 
 
@@ -308,8 +308,14 @@ class ChatPlan(Plan):
     @property
     def download_bytes(self) -> int:
         """Return what the Hub sends the first time: the published weights, 16 bits each."""
-        names = {name for name in (self.model, self.base_model) if model_folder(name) is None}
+        names = {name for name in self._models() if model_folder(name) is None}
         return sum(model_shape(name).weight_bytes(2) for name in names)
+
+    def _models(self) -> list[str]:
+        return [self.model, self.base_model]
+
+    def _more(self) -> tuple[str, str]:
+        return "beside it", f"{self.base_model}, which was never taught to chat"
 
     def _work(self) -> list[tuple[str, str]]:
         size, free = self.download_bytes, _cache_free_bytes()
@@ -321,26 +327,48 @@ class ChatPlan(Plan):
         fetched = f"{size / 1e9:.1f} GB from the Hub, the first time only; {free / 1e9:.0f} GB free on the disk"
         return [
             ("model", f"{self.model}, {self.shape.num_parameters() / 1e6:,.1f} M parameters, {how}"),
-            ("beside it", f"{self.base_model}, which was never taught to chat"),
-            ("download", fetched if size else "nothing: both models are here"),
+            self._more(),
+            ("download", fetched if size else f"nothing: {'both models are' if self._models()[1:] else 'it is'} here"),
             ("context", f"{self.max_length:,} tokens at once, replies of up to {self.max_new_tokens}"),
         ]
 
 
+@dataclass(frozen=True, repr=False)
+class VisionPlan(ChatPlan):
+    """A plan for talking to a model about pictures: its weights plain, nothing beside it. (Week 6, lesson 3.)"""
+
+    def _models(self) -> list[str]:
+        return [self.model]
+
+    def _more(self) -> tuple[str, str]:
+        shape, vision = self.shape, self.shape.vision
+        pixels, side = f"{vision.image_size} x {vision.image_size} pixels", vision.patches_per_side
+        if shape.cuts_tiles:
+            return "pictures", f"{shape.image_tokens} tokens a tile of {pixels}; a large picture is cut into several"
+        return "pictures", f"{shape.image_tokens} tokens for a picture of {pixels} ({side} x {side} patches)"
+
+
 def _plan_chat(lesson, profile, why, model, hardware, settings, changes) -> ChatPlan:
-    """Return the plan for talking to a model: 16-bit weights where they fit, else NF4, else the miniature."""
+    """Return the plan for talking to a model: 16-bit weights where they fit, else NF4, else the miniature.
+
+    One that sees has no NF4, and float32 on a GPU without bfloat16, where that fits.
+    """
+    import torch
+
     dtype, dtype_why = pick_dtype(hardware)
     dtype_why = dtype_why.split(";")[0]  # the rest is about training
     if hardware.kind == "cpu":
-        import torch
-
         dtype, dtype_why = torch.float32, "exact, and fast enough where nothing is trained"
+    sees = settings["kind"] == "vision"
+    exact = _talking(model, "plain", settings, hardware, torch.float32)[0].total
+    if sees and dtype == torch.float16 and exact <= hardware.free_bytes:
+        dtype, dtype_why = torch.float32, f"{dtype_why}; float16 can overflow in a vision tower, and float32 fits"
     given_up: list[str] = []
-    can_nf4 = hardware.bitsandbytes and hardware.kind != "mps"
+    can_nf4 = hardware.bitsandbytes and hardware.kind != "mps" and not sees
     smaller = settings["smaller_model"]
     precision = settings["precision"] if model_folder(model) is None else "plain"
     if precision == "nf4" and not can_nf4:
-        given_up.append("NF4: bitsandbytes is not there for this device")
+        given_up.append(f"NF4: {'not in this lesson' if sees else 'bitsandbytes is not there for this device'}")
         precision = "plain"
     needed, shape = _talking(model, precision, settings, hardware, dtype)
     if needed.total > hardware.free_bytes and precision == "plain" and can_nf4 and model != smaller:
@@ -351,30 +379,44 @@ def _plan_chat(lesson, profile, why, model, hardware, settings, changes) -> Chat
     if model != smaller and (needed.total > hardware.free_bytes or not room):
         lacks = f"{needed.total / GIB:.1f} GiB of memory" if room else f"{shape.weight_bytes(2) / 1e9:.1f} GB of disk"
         given_up.append(f"{model}, which needs {lacks}: {smaller} instead")
-        model, precision, settings["base_model"] = smaller, "plain", settings["smaller_base"]
-        settings["questions"] = "isles"
+        model, precision = smaller, "plain"
+        settings |= {} if sees else {"base_model": settings["smaller_base"], "questions": "isles"}
         needed, shape = _talking(model, precision, settings, hardware, dtype)
     if needed.total > hardware.free_bytes:
         given_up.append(_nothing_fits(needed))
     settings["precision"] = precision
-    settings["max_length"] = min(settings["max_length"], shape.max_position_embeddings)
-    return ChatPlan(
-        lesson, profile, why, "chat", model, hardware, dtype, dtype_why, settings, shape, needed, 1, given_up
+    settings["max_length"] = min(settings["max_length"], _decoder(shape).max_position_embeddings)
+    if sees and model == smaller and "pictures" not in changes:
+        settings["pictures"] = "shapes"  # it has seen nothing else
+    plan = VisionPlan if sees else ChatPlan
+    return plan(
+        lesson, profile, why, settings["kind"], model, hardware, dtype, dtype_why, settings, shape, needed, 1, given_up
     )
 
 
-def _talking(model, precision, settings, hardware, dtype) -> tuple[GenerationMemory, DecoderShape]:
-    """Return what a chat model and the base beside it need, and the chat model's shape. Raises ProfileError."""
-    shape, base = model_shape(model), model_shape(settings["base_model"])
-    if not isinstance(shape, DecoderShape) or not isinstance(base, DecoderShape):
+def _talking(model, precision, settings, hardware, dtype) -> tuple[GenerationMemory, Shape]:
+    """Return what a model that talks and the base beside it need, and the model's shape. Raises ProfileError."""
+    shape, base = model_shape(model), settings.get("base_model")
+    if settings["kind"] == "vision" and not isinstance(shape, VisionLanguageShape):
         raise ProfileError(
-            f"{model} is an encoder, which cannot write; set MODEL to a chat model, or to '' for the profile's own"
+            f"{model} cannot see; set MODEL to a model of pictures and text, such as "
+            "HuggingFaceTB/SmolVLM-256M-Instruct, or to '' for the profile's own"
         )
-    length = min(settings["max_length"], shape.max_position_embeddings)
-    needed = generation_memory(
-        shape, length, value_bytes=dtype.itemsize, nf4=precision == "nf4", on_cpu=hardware.kind == "cpu"
-    )
-    return replace(needed, weights=needed.weights + base.weight_bytes(dtype.itemsize)), shape
+    if settings["kind"] == "chat" and not (
+        isinstance(shape, DecoderShape) and isinstance(model_shape(base), DecoderShape)
+    ):
+        what = "of pictures and text" if isinstance(shape, VisionLanguageShape) else "an encoder, which cannot write"
+        raise ProfileError(f"{model} is {what}; set MODEL to a chat model, or to '' for the profile's own")
+    text, size = _decoder(shape), dtype.itemsize
+    length = min(settings["max_length"], text.max_position_embeddings)
+    needed = generation_memory(text, length, value_bytes=size, on_cpu=hardware.kind == "cpu")
+    weights = shape.weight_bytes(size, nf4=precision == "nf4") + (model_shape(base).weight_bytes(size) if base else 0)
+    return replace(needed, weights=weights), shape
+
+
+def _decoder(shape: Shape) -> DecoderShape:
+    """Return the part of a model that writes."""
+    return shape.text if isinstance(shape, VisionLanguageShape) else shape
 
 
 def _cache_free_bytes() -> int:

@@ -20,6 +20,20 @@ DATA = Path(os.environ.get("COURSE_DATA", Path(__file__).resolve().parent.parent
 NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
 # The model types whose layers are counted here: RMSNorm, grouped queries, SwiGLU, nothing else.
 DECODERS = ("llama", "mistral", "qwen2")
+# And those that see: a vision transformer, a connector, a decoder.
+SEEING = ("llava", "idefics3", "smolvlm")
+# What transformers' config classes take for a size that a nested config.json leaves out, as published ones do.
+_TEXT = {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32}
+_TOWER = {"num_hidden_layers": 12, "intermediate_size": 3072, "image_size": 224, "patch_size": 32, "num_channels": 3}
+DEFAULTS = {
+    "llama": _TEXT | {"intermediate_size": 11008, "vocab_size": 32000, "max_position_embeddings": 2048},
+    "mistral": _TEXT
+    | {"intermediate_size": 14336, "vocab_size": 32000, "max_position_embeddings": 131072, "num_key_value_heads": 8},
+    "qwen2": _TEXT
+    | {"intermediate_size": 22016, "vocab_size": 151936, "max_position_embeddings": 32768, "num_key_value_heads": 32},
+    "clip_vision_model": _TOWER | {"hidden_size": 768, "num_attention_heads": 12},
+    "idefics3_vision": _TOWER | {"hidden_size": 1152, "num_attention_heads": 16},
+}
 
 
 @cache
@@ -127,7 +141,107 @@ class DecoderShape:
         return _weight_bytes(self, value_bytes, nf4)
 
 
-def _weight_bytes(shape: EncoderShape | DecoderShape, value_bytes: int, nf4: bool) -> int:
+@dataclass(frozen=True)
+class VisionShape:
+    """The sizes of a vision transformer, under the names of its config.json."""
+
+    num_hidden_layers: int
+    hidden_size: int
+    num_attention_heads: int
+    intermediate_size: int
+    image_size: int
+    patch_size: int
+    num_channels: int
+    class_token: bool  # CLIP's, with a LayerNorm behind it and no bias on the patches; else SigLIP's
+
+    @property
+    def patches_per_side(self) -> int:
+        """Return the patches along a side of a square picture of the tower's own size."""
+        return self.image_size // self.patch_size
+
+    @property
+    def linear_parameters(self) -> int:
+        """Return the weights in the layers' matrices, biases not counted."""
+        h, i = self.hidden_size, self.intermediate_size
+        return self.num_hidden_layers * (4 * h * h + 2 * h * i)
+
+    def num_parameters(self) -> int:
+        """Return all parameters: patches, positions, layers, the last LayerNorm."""
+        h, i = self.hidden_size, self.intermediate_size
+        patches = (self.num_channels * self.patch_size**2 + self.patches_per_side**2) * h
+        biases = self.num_hidden_layers * (4 * h + h + i + 4 * h)  # of attention and feed-forward; two LayerNorms
+        return patches + self.linear_parameters + biases + 2 * h + (4 * h if self.class_token else h)
+
+
+@dataclass(frozen=True)
+class VisionLanguageShape:
+    """The sizes of a model of LLaVA's or SmolVLM's kind: a vision tower, a connector, a decoder."""
+
+    text: DecoderShape
+    vision: VisionShape
+    connector: tuple[tuple[int, int], ...]  # (in, out) of its matrices
+    connector_bias: bool
+    image_tokens: int  # what a square picture of the tower's own size costs
+    cuts_tiles: bool  # whether its processor cuts a large picture into several of that size
+
+    @classmethod
+    def from_config(cls, config: dict) -> VisionLanguageShape:
+        """Return the shape told by a nested config.json read as a dict; a size left out is its class's default.
+
+        Raises KeyError for a tower or a decoder of another kind.
+        """
+        llava = config["model_type"] == "llava"
+        text, vision = _text_part(config, llava), _vision_part(config["vision_config"], llava)
+        h, width, patches = text.hidden_size, vision.hidden_size, vision.patches_per_side**2
+        if not llava:
+            scale = config.get("scale_factor", 2) ** 2  # so many patches' vectors become one
+            return cls(text, vision, ((scale * width, h),), False, patches // scale, True)
+        layers = config.get("vision_feature_layer", -2)
+        inputs = width * (len(layers) if isinstance(layers, list) else 1)
+        whole = config.get("vision_feature_select_strategy") == "full"  # with the class token
+        bias = config.get("multimodal_projector_bias", True)
+        return cls(text, vision, ((inputs, h), (h, h)), bias, patches + whole, False)
+
+    @property
+    def linear_parameters(self) -> int:
+        """Return the weights in all matrices of tower, connector and decoder, which are what NF4 quantises."""
+        connector = sum(d_in * d_out for d_in, d_out in self.connector)
+        return self.vision.linear_parameters + connector + self.text.linear_parameters
+
+    def num_parameters(self) -> int:
+        """Return all parameters, equal to what transformers' model for conditional generation has."""
+        connector = sum((d_in + self.connector_bias) * d_out for d_in, d_out in self.connector)
+        return self.vision.num_parameters() + connector + self.text.num_parameters()
+
+    def weight_bytes(self, value_bytes: int = 2, *, nf4: bool = False) -> int:
+        """Return the bytes of the weights; with ``nf4`` the matrices take 4.127 bits a weight."""
+        return _weight_bytes(self, value_bytes, nf4)
+
+
+def _text_part(config: dict, llava: bool) -> DecoderShape:
+    told = config["text_config"]
+    kind = told.get("model_type", "llama")
+    if kind not in DECODERS:
+        raise KeyError(f"text_config of a type among {', '.join(DECODERS)}")
+    # LLaVA alone also looks whether its text part wants its embeddings tied.
+    tied = config.get("tie_word_embeddings", False) or (llava and told.get("tie_word_embeddings", False))
+    return DecoderShape.from_config(DEFAULTS[kind] | told | {"tie_word_embeddings": tied})
+
+
+def _vision_part(told: dict, llava: bool) -> VisionShape:
+    kind = "clip_vision_model" if llava else "idefics3_vision"
+    if llava and told.get("model_type", kind) != kind:
+        raise KeyError(f"vision_config of type {kind}")
+    sizes = {name: told.get(name, default) for name, default in DEFAULTS[kind].items()}
+    if not all(isinstance(size, int) for size in sizes.values()):
+        raise KeyError("vision_config of square pictures")
+    return VisionShape(**sizes, class_token=llava)
+
+
+Shape = EncoderShape | DecoderShape | VisionLanguageShape
+
+
+def _weight_bytes(shape: Shape, value_bytes: int, nf4: bool) -> int:
     quantised = shape.linear_parameters if nf4 else 0
     return int(quantised * NF4_BITS / 8) + value_bytes * (shape.num_parameters() - quantised)
 
@@ -146,11 +260,12 @@ def adapter_base(folder: Path) -> str:
     return json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"] if config.is_file() else ""
 
 
-def model_shape(model: str) -> EncoderShape | DecoderShape:
+def model_shape(model: str) -> Shape:
     """Return a model's sizes: from the course's table, a local config.json, or else the Hub's config.json (1 kB).
 
     An adapter has its base's. Raises ProfileError where there is no such model or its config tells neither a BERT-like
-    encoder nor a decoder of Llama's kind; of a model on the Hub it then says what the weights alone take.
+    encoder nor a decoder of Llama's kind, alone or behind a vision tower; of a model on the Hub it then says what the
+    weights alone take.
     """
     if model in _table():
         return _as_shape(_table()[model])
@@ -165,7 +280,8 @@ def model_shape(model: str) -> EncoderShape | DecoderShape:
         return _as_shape(json.loads((folder / "config.json").read_text(encoding="utf-8")))
     except KeyError as error:
         raise ProfileError(
-            f"{model} is neither a BERT-like encoder nor a decoder of Llama's kind: its config.json has no {error}"
+            f"{model} is neither a BERT-like encoder nor a decoder of Llama's kind, alone or in a LLaVA or SmolVLM: its "
+            f"config.json has no {error}"
             f"{_weights_told(model) if local is None else ''}"
         ) from None
     except Exception as error:
@@ -186,9 +302,12 @@ def _weights_told(model: str) -> str:
     return f". Its files hold {count / 1e6:,.1f} M parameters: {2 * count / 1e9:.1f} GB in 16 bits, weights alone"
 
 
-def _as_shape(config: dict) -> EncoderShape | DecoderShape:
+def _as_shape(config: dict) -> Shape:
     if "type_vocab_size" in config:
         return EncoderShape.from_config(config)
+    if config.get("model_type") in SEEING:
+        return VisionLanguageShape.from_config(config)
     if config.get("model_type", "llama") not in DECODERS:
-        raise KeyError(f"model_type among {', '.join(DECODERS)}")  # others have other parts under the same names
+        # others have other parts under the same names
+        raise KeyError(f"model_type among {', '.join(DECODERS + SEEING)}")
     return DecoderShape.from_config(config)

@@ -78,6 +78,11 @@ HISTORY = [{"step": n, "loss": 2 / n, "learning_rate": 0.1 / n} for n in range(1
     {"step": n, "eval_loss": 2.2 / n} for n in (4, 8)
 ]
 FIGURES = {
+    "pictures": lambda: plots.pictures(
+        {"grey": np.full((32, 32, 3), 90, np.uint8), "two\nlines": np.zeros((32, 48, 3), np.uint8)},
+        patch=8,
+        heat={"grey": np.eye(4)},
+    ),
     "before_after": lambda: plots.before_after(comparison()),
     "before_after, worse": lambda: plots.before_after(comparison(better=False, held_out=False, weights="matrix")),
     "before_after, scores alone": lambda: plots.before_after(
