@@ -107,7 +107,7 @@ class LessonTests:
 
     def test_a_lesson_that_trains_shows_the_before_and_after_panel(self):
         code = "\n".join(cell.source for cell in self.lesson.cells if cell.kind == "code")
-        trains = any(word in code for word in ("trainer.train(", " fit(", "teach("))
+        trains = any(word in code for word in ("trainer.train(", " fit(", "teach(", "optimizer.step()"))
         assert trains == ("show_comparison(" in code)
 
     def test_every_exercise_but_the_open_one_has_wrong_answers(self):
