@@ -297,7 +297,7 @@ publish(found)
 #
 # *3 points · 12 minutes · medium.* LLaVA-1.5 reads 336 by 336 pixels in patches of 14, whatever the picture: 576 tokens. (Its processor cuts the middle out of a wide picture; here we have it stretched.) Fine print gets lost. SmolVLM cuts large pictures into **tiles** instead. Its rule:
 #
-# 1. The longer side becomes 2,048 pixels. The shorter one becomes `int(2048 / ratio)`, with ratio the longer side over the shorter,.
+# 1. The longer side becomes 2,048 pixels. The shorter one becomes `int(2048 / ratio)`, with ratio the longer side over the shorter.
 # 2. Each side is rounded up to a multiple of 512. That makes rows and columns of tiles of 512 by 512 pixels.
 # 3. To these comes one tile more, the whole picture made small.
 # 4. A tile has patches of 16 pixels; then 4 by 4 patches are joined to one token.
@@ -1035,7 +1035,7 @@ record("kept", float(results.loc["section 4", "broad"]))
 table(results.round(2).reset_index(names="questions"))
 
 # %% [markdown]
-# Broad teaching gives up little of the new (0.94 for 1.00) and keeps nearly all of the old: 0.96 of the other questions about these pictures, and 0.85 of section 4's, where a few green and blue things still pass for turquoise. It even reads the new word better when it stands in the question (0.72; before, 0.54, by guessing among few
+# Broad teaching gives up little of the new (0.94 for 1.00) and keeps nearly all of the old: 0.96 of the other questions about these pictures, and 0.85 of section 4's, where a few green, blue and black things pass for turquoise. It even reads the new word better when it stands in the question (0.72; before, 0.54, by guessing among few
 # things). What to teach is chosen by what must *not* change, too.
 
 # %% [markdown]
