@@ -305,7 +305,7 @@ publish(found)
 # Write `tiled_tokens(width, height)`: the picture tokens of a picture.
 #
 # <details><summary>Hint</summary>
-# A tile has <code>(512 // 16) ** 2</code> patches and a sixteenth as many tokens. <code>math.ceil(a / 512)</code> rounds up. For a picture of 768 by 512 pixels: 2,048 by 1,366, so 4 by 3 tiles, and one more.
+# A tile has <code>(512 // 16) ** 2</code> patches and a sixteenth as many tokens. <code>math.ceil(a / 512)</code> rounds up. For a picture of 768 by 512 pixels: 2,048 by 1,365, so 4 by 3 tiles, and one more.
 # </details>
 
 
@@ -530,7 +530,7 @@ record("blank", float(by_kind.loc["all", "a blank picture"]))
 table(by_kind.round(2).reset_index())
 
 # %% [markdown]
-# With its picture, *tiny* answers 0.91 of the questions rightly (two CPU cores, as all figures of this lesson); with a blank one 0.22. Always giving the commonest answer of each kind would get 0.31. **Up to a third of such a test needs no eyes**: half of the sizes and of the *yes* and *no*, a third of the numbers, hardly a place or a shape. When the
+# With its picture, *tiny* answers 0.91 of the questions rightly (on two CPU cores, as all figures of this lesson); with a blank one 0.22. Always giving the commonest answer of each kind would get 0.31. **Up to a third of such a test needs no eyes**: half of the sizes and of the *yes* and *no*, a third of the numbers, hardly a place or a shape. When the
 # picture is swapped, the answer follows in 0.93 of the cases; *both* counts a pair only if both answers are right. Counting is what it does worst.
 #
 # So a score alone does not show that a model looks. **Take the picture away, and see what is left**; then swap it, and see whether the answer follows.
@@ -1036,7 +1036,7 @@ table(results.round(2).reset_index(names="questions"))
 
 # %% [markdown]
 # Broad teaching gives up little of the new (0.94 for 1.00) and keeps nearly all of the old: 0.96 of the other questions about these pictures, and 0.85 of section 4's, where a few green, blue and black things pass for turquoise. It even reads the new word better when it stands in the question (0.72; before, 0.54, by guessing among few
-# things). What to teach is chosen by what must *not* change, too.
+# things). Choose what to teach by what must *not* change, too.
 
 # %% [markdown]
 # ## Summary
@@ -1045,7 +1045,7 @@ table(results.round(2).reset_index(names="questions"))
 # - Patches make the price: side over patch, squared, less what is joined; tiles multiply it. It does not depend on what is in the picture.
 # - Vision tower, projector, language model: each patch becomes a vector that stands where a word's would. As many placeholders as vectors, or there is an error, so rows with pictures are never cut.
 # - A score does not show that a model looks. A blank picture, and pairs in which the picture is swapped, do.
-# - LoRA on the language model alone teaches a new word for what the tower can already tell apart; check what it does to the old ones.
+# - LoRA on the language model alone teaches a new word for what the tower can already tell apart. Taught by one answer only, a model learns to give that answer: teach beside it what must not change, and measure both.
 
 # %%
 from course_lib.checks import report
