@@ -9,7 +9,7 @@ import torch
 from conftest import MACHINES, ROOT
 from exercises import LessonTests, definitions, probed, right_answer, status_of
 
-from course_lib.data import load_pictures
+from course_lib.data import load_evidence, load_pictures
 from course_lib.evaluation import normalise
 from course_lib.models import load_image_text, load_processor
 from course_lib.profiles import make_plan
@@ -256,7 +256,7 @@ class TestLesson(LessonTests):
 
     def result_holds(self, values):
         assert values["before"] <= 0.70 and values["after"] >= 0.80  # no turquoise, but the rest, before
-        assert values["turquoise"] >= 0.80 and values["kept"] >= 0.75
+        assert values["turquoise"] >= 0.75 and values["kept"] >= 0.75
         assert values["blank"] <= 0.38  # chance (0.28) and ten points
 
 
@@ -337,3 +337,17 @@ def test_mini_vlm_knows_little_more_than_the_commonest_answers_without_the_pictu
     kinds = [row["kind"] for row in namespace["rows"]]
     assert 0.25 < chance(kinds) < 0.32  # a half of two kinds, a third of one, an eighth or so of three
     assert shares["blank"] <= chance(kinds) + 0.10
+
+
+def test_the_stored_evidence_is_what_the_lesson_says():
+    runs = list(load_evidence(LESSON, "03_turquoise")["seeds"].values())
+    assert len(runs) == 5
+
+    def spread(name: str) -> tuple[float, float]:
+        values = [round(run[name], 2) for run in runs]
+        return min(values), max(values)
+
+    assert spread("narrow_turquoise") == (1.0, 1.0) and spread("turquoise") == (0.80, 0.96)
+    assert spread("narrow_kept") == (0.51, 0.57) or spread("narrow_kept") == (0.51, 0.58)  # 0.575 may round either way
+    assert spread("kept") == (0.85, 0.88) or spread("kept") == (0.85, 0.87)
+    assert all(run["others"] - run["narrow_others"] > 0.3 for run in runs)

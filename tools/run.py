@@ -173,12 +173,12 @@ def run_jobs(jobs: list[Job], options: argparse.Namespace, console: Console) -> 
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console) as progress, ThreadPoolExecutor(workers) as pool:
-        futures = []
-        for job in jobs:
-            num_cells = len(json.loads(job.source.read_text(encoding="utf-8"))["cells"])
-            bar = progress.add_task(job.target.stem, total=num_cells, start=False)
-            futures.append(pool.submit(_run_job, job, options, threads, stop, progress, bar))
-        try:
+        try:  # from the first submit on: leaving the pool otherwise waits for every job
+            futures = []
+            for job in jobs:
+                num_cells = len(json.loads(job.source.read_text(encoding="utf-8"))["cells"])
+                bar = progress.add_task(job.target.stem, total=num_cells, start=False)
+                futures.append(pool.submit(_run_job, job, options, threads, stop, progress, bar))
             return [future.result() for future in futures]
         except KeyboardInterrupt:
             stop.set()

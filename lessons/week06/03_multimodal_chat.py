@@ -1003,6 +1003,8 @@ results = pd.DataFrame(
     },
     index=["answer is turquoise", "about the turquoise one", "about other things", "section 4"],
 )
+for name, row in {"turquoise": 0, "others": 2, "kept": 3}.items():
+    record(f"narrow_{name}", float(results["narrow"].iloc[row]))
 table(results.round(2).reset_index(names="questions"))
 
 # %% [markdown]
@@ -1030,13 +1032,14 @@ show_comparison(compared)
 
 # %%
 results["broad"] = shares(broad, ask(section_4, by=tuned))
-record("turquoise", float(results.loc["answer is turquoise", "broad"]))
-record("kept", float(results.loc["section 4", "broad"]))
+for name, row in {"turquoise": 0, "others": 2, "kept": 3}.items():
+    record(name, float(results["broad"].iloc[row]))
 table(results.round(2).reset_index(names="questions"))
 
 # %% [markdown]
-# Broad teaching gives up little of the new (0.94 for 1.00) and keeps nearly all of the old: 0.96 of the other questions about these pictures, and 0.85 of section 4's, where a few green, blue and black things pass for turquoise. It even reads the new word better when it stands in the question (0.72; before, 0.54, by guessing among few
-# things). Choose what to teach by what must *not* change, too.
+# Broad teaching gives up a little of the new (0.94 for 1.00) and keeps nearly all of the old: 0.96 of the other questions about these pictures, and 0.85 of section 4's, where a few green, blue and black things pass for turquoise. It even reads the new word better when it stands in the question (0.72; before, 0.54, by guessing among few
+# things). Five seeds agree (`evidence/03_turquoise.json`): narrow teaching always gets 1.00 and keeps 0.51 to 0.58 of section 4,
+# broad teaching gets 0.80 to 0.96 and keeps 0.85 to 0.88. Choose what to teach by what must *not* change, too.
 
 # %% [markdown]
 # ## Summary
